@@ -1,0 +1,331 @@
+"""Data sets as one record: images, labels, classes, masks, ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+from harmonize_lib import shapes
+from harmonize_lib.errors import HarmonizeError, unknown
+
+LABELS = ("obj", "scene", "scene_only")
+TEST_SIZE = 10_000
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with labels, in a fixed order.
+
+    Attributes
+    ----------
+    images : Tensor
+        (N, C, H, W) uint8, source pixels.
+    labels : Tensor
+        (N) int64, index into ``classes``.
+    classes : tuple[str, ...]
+        K class names.
+    masks : Tensor or None
+        (N, H, W) bool, the exact pixels of the labeled object; None where unknown.
+    ids : tuple[str, ...]
+        N names, unique.
+    name : str
+        What ``load_dataset`` was asked for.
+    extras : dict[str, Tensor]
+        What else is known per image, first axis N: for shapes-on-scenes ``object_labels``, ``scene_labels``,
+        ``without_object``, ``moved_object``, ``moved_masks`` and ``boxes`` (N, 4: left, top, right, bottom;
+        right and bottom exclusive).
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    masks: Tensor | None
+    ids: tuple[str, ...]
+    name: str
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, index: Tensor) -> Dataset:
+        """Take a part of the set.
+
+        Parameters
+        ----------
+        index : Tensor
+            (n) int64 positions or (N) bool.
+
+        Returns
+        -------
+        Dataset
+            The chosen images with all that is known of them.
+        """
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index
+        return replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            masks=None if self.masks is None else self.masks[index],
+            ids=tuple(self.ids[i] for i in index.tolist()),
+            extras={name: value[index] for name, value in self.extras.items()},
+        )
+
+
+def load_dataset(
+    name: str, split: str = "test", n: int | None = None, seed: int = 0, **options: object
+) -> Dataset:
+    """Load a data set by name.
+
+    Parameters
+    ----------
+    name : str
+        ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only"``, ``commonality=k`` with
+        ``object=name``: that object in the first k of 10 scene classes, nothing in the others),
+        ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224), or
+        ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"cifar10:DIR"`` (option ``download``).
+    split : str
+        ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``.
+    n : int or None
+        How many images; None takes all (10,000 of shapes-on-scenes).
+    seed : int
+        shapes-on-scenes: seed of the generator. Others: order in which images are taken when n is given.
+    **options : object
+        See ``name``.
+
+    Returns
+    -------
+    Dataset
+        The record.
+
+    Raises
+    ------
+    HarmonizeError
+        Unknown name, split or option; n < 1 or beyond the set; a file that is not an image.
+    """
+    kind, _, folder = name.partition(":")
+    loaders: dict[str, Callable[..., Dataset]] = {
+        "shapes-on-scenes": _shapes_on_scenes,
+        "imagefolder": _imagefolder,
+        **dict.fromkeys(TORCHVISION, _torchvision),
+    }
+    if kind not in loaders:
+        raise unknown("dataset", kind, loaders)
+    if kind != "shapes-on-scenes" and not folder:
+        raise HarmonizeError(f"dataset {kind!r} needs a folder: write '{kind}:DIR'")
+    if split not in shapes.SPLITS:
+        raise unknown("split", split, shapes.SPLITS)
+    if n is not None and n < 1:
+        raise HarmonizeError(f"n must be at least 1, not {n}")
+    allowed = {
+        "shapes-on-scenes": {"labels", "commonality", "object"},
+        "imagefolder": {"size"},
+    }.get(kind, {"download"})
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of dataset {kind}", option, allowed)
+    dataset = loaders[kind](name, split, n, seed, **options)
+    wrong = n is not None and len(dataset) != n
+    if wrong or not len(dataset) == len(dataset.images) == len(dataset.ids) == len(set(dataset.ids)):
+        raise HarmonizeError(f"{name}: asked for {n} images, found {len(dataset)}: ask for fewer or leave n out")
+    return dataset
+
+
+def _shapes_on_scenes(
+    name: str,
+    split: str,
+    n: int | None,
+    seed: int,
+    labels: str = "obj",
+    commonality: int | None = None,
+    object: str | None = None,
+) -> Dataset:
+    if labels not in LABELS:
+        raise unknown("labels", labels, LABELS)
+    if (commonality is None) != (object is None):
+        raise HarmonizeError("commonality and object go together: give both or neither")
+    if object is not None and object not in shapes.OBJECTS:
+        raise unknown("object", object, shapes.OBJECTS)
+    if commonality is not None and not 0 <= commonality <= 10:
+        raise HarmonizeError(f"commonality must lie in 0..10 scene classes, not {commonality}")
+    n = n or TEST_SIZE
+    chosen = None if object is None else shapes.OBJECTS.index(object)
+    blocks = [shapes.draw_block(seed, split, i, chosen) for i in range(-(-n // shapes.BLOCK))]
+    with_object, without, moved, mask, moved_mask, object_labels, scene_labels = (
+        np.concatenate(parts)[:n] for parts in zip(*blocks, strict=True)
+    )
+    if commonality is not None:
+        bare = scene_labels >= commonality
+        with_object[bare], moved[bare] = without[bare], without[bare]
+        mask[bare], moved_mask[bare] = False, False
+    if labels == "scene_only":
+        with_object, mask = without, np.zeros_like(mask)
+    by_scene = labels != "obj" or commonality is not None
+
+    def channels_first(images: np.ndarray) -> Tensor:
+        return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+    return Dataset(
+        images=channels_first(with_object),
+        labels=torch.from_numpy(scene_labels if by_scene else object_labels),
+        classes=tuple(shapes.SCENES) if by_scene else shapes.OBJECTS,
+        masks=torch.from_numpy(mask),
+        ids=tuple(f"{split}-{seed}-{i:06d}" for i in range(n)),
+        name=name,
+        extras={
+            "object_labels": torch.from_numpy(object_labels),
+            "scene_labels": torch.from_numpy(scene_labels),
+            "without_object": channels_first(without),
+            "moved_object": channels_first(moved),
+            "moved_masks": torch.from_numpy(moved_mask),
+            "boxes": _boxes(torch.from_numpy(mask)),
+        },
+    )
+
+
+def _boxes(masks: Tensor) -> Tensor:
+    """Bounding boxes (N, 4) of masks (N, H, W): left, top, right, bottom; zeros where a mask is empty."""
+    rows, columns = masks.any(2).int(), masks.any(1).int()
+    edges = [
+        columns.argmax(1),
+        rows.argmax(1),
+        masks.shape[2] - columns.flip(1).argmax(1),
+        masks.shape[1] - rows.flip(1).argmax(1),
+    ]
+    return torch.stack(edges, 1) * masks.any((1, 2))[:, None]
+
+
+def read_image(path: Path, size: int | None = None) -> Tensor:
+    """Read a picture of any mode as 8-bit RGB.
+
+    Parameters
+    ----------
+    path : Path
+        The file. Grayscale, RGBA (on white), CMYK, palette and 16-bit images are converted.
+    size : int or None
+        Shorter side scaled to ``size / 0.875`` (bicubic, antialiased), then a center crop of this side.
+
+    Returns
+    -------
+    Tensor
+        (3, H, W) uint8.
+
+    Raises
+    ------
+    HarmonizeError
+        The file is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise HarmonizeError(f"{path}: not a readable image ({str(error)[:60]}): remove or replace the file") from error
+    pixels = pil_to_tensor(image)
+    if size is None:
+        return pixels
+    pixels = resize(pixels, round(size / 0.875), interpolation=3, antialias=True)
+    return center_crop(pixels, [size, size])
+
+
+def imagenet_index(wordnet_ids: list[str]) -> list[int]:
+    """ImageNet-1k class index of WordNet ids, from timm's own table.
+
+    Parameters
+    ----------
+    wordnet_ids : list[str]
+        Such as ``["n01440764"]``.
+
+    Returns
+    -------
+    list[int]
+        Indices 0..999.
+
+    Raises
+    ------
+    HarmonizeError
+        An id that is no ImageNet-1k class.
+    """
+    from timm.data import ImageNetInfo
+
+    table = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+    for wordnet_id in wordnet_ids:
+        if wordnet_id not in table:
+            raise HarmonizeError(f"folder {wordnet_id!r} is no ImageNet-1k class: WordNet ids look like n01440764")
+    return [table[wordnet_id] for wordnet_id in wordnet_ids]
+
+
+def _imagefolder(name: str, split: str, n: int | None, seed: int, size: int = 224) -> Dataset:
+    root = Path(name.partition(":")[2]).expanduser()
+    if not root.is_dir():
+        raise HarmonizeError(f"{root}: no such folder; 'imagefolder:DIR' wants one folder per class inside DIR")
+    root = root / split if (root / split).is_dir() else root
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    files = [
+        (path, label)
+        for label, folder in enumerate(folders)
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_ENDINGS
+    ]
+    if not files:
+        raise HarmonizeError(f"{root}: no images; 'imagefolder:DIR' wants one folder of images per class inside DIR")
+    if n is not None:
+        if n > len(files):
+            raise HarmonizeError(f"{root}: n = {n}, but the folder holds {len(files)} images: ask for fewer")
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        files = [files[i] for i in order.tolist()]
+    names = [folder.name for folder in folders]
+    labels = torch.tensor([label for _, label in files])
+    if all(len(folder) == 9 and folder[0] == "n" and folder[1:].isdigit() for folder in names):
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo()
+        labels = torch.tensor(imagenet_index(names))[labels]
+        names = [info.index_to_description(i) for i in range(info.num_classes())]
+    return Dataset(
+        images=torch.stack([read_image(path, size) for path, _ in files]),
+        labels=labels,
+        classes=tuple(names),
+        masks=None,
+        ids=tuple(path.relative_to(root).as_posix() for path, _ in files),
+        name=f"imagefolder:{root.name}",
+    )
+
+
+def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool = False) -> Dataset:
+    import torchvision
+
+    kind, _, folder = name.partition(":")
+    if split == "val":
+        raise HarmonizeError(f"{kind} has the splits train and test, not val")
+    try:
+        source = getattr(torchvision.datasets, TORCHVISION[kind])(folder, train=split == "train", download=download)
+    except (RuntimeError, OSError) as error:
+        line = str(error).splitlines()[0][:80]
+        raise HarmonizeError(f"{kind} at {folder}: {line}; pass download=True or the folder that holds it") from error
+    pixels = torch.as_tensor(source.data)
+    images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    labels = torch.as_tensor(source.targets)
+    order = torch.arange(len(labels))
+    if n is not None:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:n]
+    return Dataset(
+        images=images[order],
+        labels=labels[order],
+        classes=tuple(source.classes),
+        masks=None,
+        ids=tuple(f"{split}-{i:06d}" for i in order.tolist()),
+        name=kind,
+    )

@@ -1,0 +1,414 @@
+"""Networks behind one interface: the zoo, any timm model, or the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, resolve_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harmonize_lib import paths
+from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.storage import sha256_file, sha256_tensors
+
+LEAST_GRID = 4  # a coarser grid than 4 x 4 carries no place
+
+
+def _vgg(classes: int) -> nn.Module:
+    """Plain stacked convolutions with BatchNorm and max pooling; its last ReLU carries an 8 x 8 grid."""
+    widths: tuple[int | str, ...] = (16, "M", 32, "M", 64, 64, "M", 96, 96)
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in widths:
+        if isinstance(width, str):
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+    network = nn.Sequential()
+    network.add_module("features", nn.Sequential(*layers))
+    network.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("head", nn.Linear(channels, classes))
+    network.feature_info = [{"module": "features", "num_chs": channels, "reduction": 8}]  # type: ignore[assignment]
+    return network
+
+
+def _timm(tag: str, **settings: Any) -> Callable[[int], nn.Module]:
+    return lambda classes: timm.create_model(tag, num_classes=classes, **settings)
+
+
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    "resnet": _timm(
+        "resnet18", layers=(1, 1, 1, 1), channels=(24, 48, 96, 128), output_stride=8, stem_width=12, stem_type="deep"
+    ),
+    "vgg": _vgg,
+    "mobilenet": _timm("mobilenetv2_035", output_stride=16),
+    "convnext": _timm("convnext_atto", depths=(1, 2, 2, 1), dims=(24, 48, 72, 96), output_stride=8, kernel_sizes=5),
+    "vit": _timm(
+        "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2
+    ),
+    "swin": _timm(
+        "swin_tiny_patch4_window7_224",
+        img_size=64,
+        patch_size=4,
+        window_size=4,
+        embed_dim=32,
+        depths=(2, 2, 2),
+        num_heads=(2, 4, 8),
+        mlp_ratio=2,
+    ),
+    "mobilevit": _timm("mobilevit_xxs"),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which layer of a network carries places.
+
+    Attributes
+    ----------
+    layer : str
+        Name of the module inside ``Model.network``.
+    grid : tuple[int, int]
+        Rows and columns of its output.
+    layout : str
+        ``"NCHW"``, ``"NHWC"`` or ``"NLC"`` (tokens).
+    prefix_tokens : int
+        Tokens before the grid's (class token, registers).
+    """
+
+    layer: str
+    grid: tuple[int, int]
+    layout: str
+    prefix_tokens: int
+
+    def to_maps(self, output: Tensor) -> Tensor:
+        """Bring the layer's output into the order of a picture.
+
+        Parameters
+        ----------
+        output : Tensor
+            The layer's output in ``layout``.
+
+        Returns
+        -------
+        Tensor
+            (N, C, rows, columns).
+        """
+        if self.layout == "NLC":
+            return output[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
+        return output.permute(0, 3, 1, 2) if self.layout == "NHWC" else output
+
+
+class Model(nn.Module):
+    """A frozen network in eval mode, with what is needed to explain it.
+
+    ``model(model.preprocess(images))`` gives logits (N, K). ``preprocess`` only normalizes, so its result keeps the
+    pixel grid of the source; a network that wants another size gets its input resized (bilinear, antialiased)
+    inside ``forward``, and gradients with respect to the source grid pass through that resize.
+
+    Attributes
+    ----------
+    network : nn.Module
+        The bare network.
+    name : str
+        The spec it was loaded by.
+    architecture : str
+        Same for all seeds and label sets of one design.
+    classes : tuple[str, ...]
+        K class names.
+    family : str
+        ``"cnn"``, ``"transformer"`` or ``"hybrid"``, from the modules: convolutions beyond the patch embedding,
+        attention.
+    geometry : Geometry or None
+        Where places are; None where that could not be established.
+    input_size : tuple[int, int] or None
+        Height and width the network wants; None takes any.
+    weights_hash : str
+        sha256 over all parameters and buffers.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        architecture: str,
+        classes: tuple[str, ...],
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        for module in network.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.name = name
+        self.architecture = architecture
+        self.classes = classes
+        self.input_size = input_size
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.family = _family(network)
+        self.geometry = _geometry(network, len(mean), input_size or (64, 64))
+        self.weights_hash = sha256_tensors(network.state_dict())
+        self.eval()
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Normalize source pixels.
+
+        Parameters
+        ----------
+        images : Tensor
+            (N, C, H, W) uint8, or float in [0, 1]. One channel is repeated where the network wants three.
+
+        Returns
+        -------
+        Tensor
+            (N, C, H, W) float32 on the model's device.
+        """
+        x = images.to(self.mean.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        if x.ndim != 4 or x.shape[1] not in (1, len(self.mean)):
+            raise HarmonizeError(
+                f"images must be (N, {len(self.mean)}, H, W), not {tuple(images.shape)}: load them with load_dataset"
+            )
+        if not x.isfinite().all():
+            raise HarmonizeError("images hold NaN or infinite values: clean them before they are explained")
+        return (x - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of preprocessed images.
+
+        Parameters
+        ----------
+        x : Tensor
+            (N, C, H, W) float32, from ``preprocess``.
+
+        Returns
+        -------
+        Tensor
+            (N, K) logits.
+        """
+        if self.input_size is not None and tuple(x.shape[-2:]) != self.input_size:
+            x = F.interpolate(x, self.input_size, mode="bilinear", antialias=True)
+        return self.network(x.contiguous(memory_format=torch.channels_last))
+
+
+def _family(network: nn.Module) -> str:
+    kinds = [type(module).__name__ for module in network.modules()]
+    attends = any("Attention" in kind and "Pool" not in kind for kind in kinds)
+    convolutions = sum(isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) for module in network.modules())
+    if not attends:
+        return "cnn"
+    return "transformer" if convolutions <= 1 else "hybrid"
+
+
+def _geometry(network: nn.Module, channels: int, size: tuple[int, int]) -> Geometry | None:
+    """The deepest layer of the network's own feature list with a fine enough grid that the logits depend on.
+
+    Behind a class token the last block's patch tokens no longer reach the logits, so their gradient is zero and the
+    search goes one layer up.
+    """
+    modules = dict(network.named_modules())
+    layers = [info["module"] for info in getattr(network, "feature_info", []) if info.get("module") in modules]
+    x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for layer in reversed(layers):
+        outputs: list[Tensor] = []
+        handle = modules[layer].register_forward_hook(lambda module, args, output: outputs.append(output))
+        with torch.enable_grad():
+            logits = network(x)
+        handle.remove()
+        geometry = _read_layout(network, layer, outputs[0]) if outputs else None
+        if geometry is None or min(geometry.grid) < LEAST_GRID:
+            continue
+        (gradient,) = torch.autograd.grad(logits.sum(), outputs[0], allow_unused=True)
+        if gradient is not None and geometry.to_maps(gradient).abs().sum() > 0:
+            return geometry
+    return None
+
+
+def _read_layout(network: nn.Module, layer: str, output: Tensor) -> Geometry | None:
+    if output.ndim == 4:
+        layout = str(getattr(network, "output_fmt", "NCHW")).rpartition(".")[2].upper()
+        if layout not in ("NCHW", "NHWC"):
+            return None
+        rows, columns = output.shape[2:] if layout == "NCHW" else output.shape[1:3]
+        return Geometry(layer, (int(rows), int(columns)), layout, 0)
+    prefix = getattr(network, "num_prefix_tokens", None)
+    if output.ndim != 3 or prefix is None:
+        return None
+    rows, columns = getattr(getattr(network, "patch_embed", None), "grid_size", (0, 0))
+    if rows * columns != output.shape[1] - prefix:
+        return None
+    return Geometry(layer, (rows, columns), "NLC", prefix)
+
+
+def manifest() -> dict[str, dict[str, Any]]:
+    """Read the zoo's manifest.
+
+    Returns
+    -------
+    dict[str, dict[str, Any]]
+        Model name to its entry: file, sha256, architecture, labels, seed, recipe, accuracy, command.
+
+    Raises
+    ------
+    HarmonizeError
+        The manifest is missing or damaged.
+    """
+    path = paths.WEIGHTS / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise HarmonizeError(f"{path.name}: missing or damaged; restore data/weights from the repository") from error
+
+
+def list_models() -> list[str]:
+    """Names of the zoo's models.
+
+    Returns
+    -------
+    list[str]
+        Sorted names, each good for ``load_model``.
+    """
+    return sorted(manifest())
+
+
+def load_model(spec: str, weights: str | Path | None = None, device: str = "auto") -> Model:
+    """Load a network, frozen and in eval mode.
+
+    Parameters
+    ----------
+    spec : str
+        A zoo name (``list_models()``); ``"timm:TAG"``, with settings behind a question mark as in
+        ``"timm:mobilenetv2_100?pad_type=same&mean=0.5&std=0.5&weights=FILE"`` (mean and std override the tag's
+        own, all else goes to ``timm.create_model``); or ``"python:module:callable"``, a callable without arguments
+        that returns a network with ``classes`` (and, if it wants, ``mean``, ``std``, ``input_size``).
+    weights : str or Path or None
+        Local ``.safetensors``, ``.pth`` or ``.pt`` file (read without unpickling code); None takes the shipped
+        weights (zoo) or the hub's (timm).
+    device : str
+        ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``, ...
+
+    Returns
+    -------
+    Model
+        The network with its preprocessing, classes, family and geometry.
+
+    Raises
+    ------
+    HarmonizeError
+        Unknown spec; weights that are missing, altered, or do not fit; a device that is not there.
+    """
+    place = _device(device)
+    kind, _, rest = spec.partition(":")
+    if kind == "timm" and rest:
+        model = _load_timm(spec, rest, weights)
+    elif kind == "python" and rest:
+        model = _load_python(spec, rest, weights)
+    else:
+        model = _load_zoo(spec, weights)
+    return model.to(place)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise HarmonizeError(f"device {device!r} is not available here: use 'auto' or 'cpu'") from error
+    return place
+
+
+def _load_zoo(name: str, weights: str | Path | None) -> Model:
+    entries = manifest()
+    if name not in entries:
+        raise unknown("model", name, entries)
+    entry = entries[name]
+    path = Path(weights) if weights is not None else paths.WEIGHTS / entry["file"]
+    if not path.is_file():
+        raise HarmonizeError(f"weights of {name}: {path.name} is missing; restore it or run 'harmonize train {name}'")
+    if weights is None and sha256_file(path) != entry["sha256"]:
+        raise HarmonizeError(f"weights of {name}: {path.name} is not the file of the manifest (sha256 differs)")
+    network = ARCHITECTURES[entry["architecture"]](len(entry["classes"]))
+    _fill(network, _read_weights(path), path)
+    return Model(network, name, entry["architecture"], tuple(entry["classes"]), input_size=(64, 64))
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise HarmonizeError(
+            f"{path.name}: not a readable weights file: give .safetensors, or a .pth of tensors alone"
+        ) from error
+    return state.get("state_dict", state)
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()})
+    except (RuntimeError, AttributeError) as error:
+        raise HarmonizeError(f"{path.name}: these weights do not fit the architecture (names or shapes differ)") from error
+
+
+def _load_timm(spec: str, rest: str, weights: str | Path | None) -> Model:
+    tag, _, query = rest.partition("?")
+    settings: dict[str, Any] = dict(parse_qsl(query))
+    given = {key: float(settings.pop(key)) for key in ("mean", "std") if key in settings}
+    weights = settings.pop("weights", weights)
+    if weights is not None and not Path(weights).is_file():
+        raise HarmonizeError(f"weights of timm:{tag}: {Path(weights).name} is missing: give the path of a local file")
+    if not timm.is_model(tag.partition(".")[0]):
+        raise unknown("timm model", tag, timm.list_models())
+    try:
+        network = timm.create_model(tag, pretrained=weights is None, **settings)
+    except TypeError as error:
+        raise HarmonizeError(f"timm:{tag}: {str(error)[:120]}") from error
+    except Exception as error:
+        raise HarmonizeError(f"timm:{tag}: no weights from the hub; give a local file as '?weights=FILE'") from error
+    if weights is not None:
+        _fill(network, _read_weights(Path(weights)), Path(weights))
+    config = resolve_data_config(model=network)
+    mean = (given["mean"],) * 3 if "mean" in given else config["mean"]
+    std = (given["std"],) * 3 if "std" in given else config["std"]
+    classes = getattr(network, "num_classes", 0)
+    info = ImageNetInfo()
+    names = [info.index_to_description(i) for i in range(1000)] if classes == 1000 else map(str, range(classes))
+    size = (int(config["input_size"][1]), int(config["input_size"][2]))
+    return Model(network, spec.partition("?")[0], tag, tuple(names), mean, std, size)
+
+
+def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:
+    module, _, attribute = rest.partition(":")
+    try:
+        network = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise HarmonizeError(f"{spec}: {str(error)[:120]}; write 'python:module:callable'") from error
+    if not isinstance(network, nn.Module) or not hasattr(network, "classes"):
+        raise HarmonizeError(f"{spec}: the callable must return a torch.nn.Module with an attribute 'classes'")
+    if weights is not None:
+        _fill(network, _read_weights(Path(weights)), Path(weights))
+    given = {key: getattr(network, key) for key in ("mean", "std", "input_size") if hasattr(network, key)}
+    return Model(network, spec, rest, tuple(network.classes), **given)

@@ -1,0 +1,180 @@
+"""One typed parameter model per notebook: the single source of names, types, defaults, ranges and meanings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from harmonize_lib.errors import HarmonizeError, unknown
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin", "mobilevit")
+CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
+STUDY_METHODS = [
+    "saliency",
+    "input_x_gradient",
+    "smoothgrad",
+    "integrated_gradients",
+    "expected_gradients",
+    "grad_cam",
+    "occlusion",
+    "rise",
+]
+
+
+class Parameters(BaseModel):
+    """What every notebook takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    dataset: str = Field("shapes-on-scenes", description="data set: shapes-on-scenes or imagefolder:DIR")
+    n_images: int = Field(200, ge=2, le=100_000, description="test images explained")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    output: str = Field("", description="folder for the figures; empty: figures/ of the repository")
+
+
+class Study(Parameters):
+    """A notebook that compares models."""
+
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ARCHITECTURES],
+        min_length=2,
+        description="zoo names, timm:TAG?option=value, or python:module:callable",
+    )
+    methods: list[str] = Field(STUDY_METHODS, min_length=1, description="attribution methods")
+
+
+class Patches(Study):
+    """A notebook that masks images."""
+
+    patch: int = Field(4, ge=1, description="side of a patch in pixels; divides the image's side")
+    fill: Literal["mean", "blur", "road"] = Field("mean", description="what stands where features are not")
+    fractions: list[Fraction] = Field(CURVE, min_length=2, description="shares k of the patches that are kept")
+
+
+class DataAndModels(Study):
+    """Notebook 01."""
+
+    n_accuracy: int = Field(2000, ge=100, le=10_000, description="test images for the zoo's accuracy")
+    patch: int = Field(4, ge=1, description="side of a patch in pixels; divides the image's side")
+
+
+class AttributionExtraction(Study):
+    """Notebook 02."""
+
+    n_shown: int = Field(3, ge=1, le=8, description="images in the gallery of maps")
+
+
+class FeatureImages(Patches):
+    """Notebook 03."""
+
+    n_shown: int = Field(2, ge=1, le=8, description="images in the galleries")
+
+
+class Transfer(Patches):
+    """Notebook 04."""
+
+    fraction: Fraction = Field(0.03, description="share k at which matrices are read; one of fractions")
+
+
+class Harmonization(Patches):
+    """Notebook 05."""
+
+    rules: list[str] = Field(
+        ["mean", "median", "borda", "rrf", "agg_var", "crh", "geometric", "partial_order"],
+        min_length=1,
+        description="rules of consensus",
+    )
+    fraction: Fraction = Field(0.03, description="share k at which detection is compared")
+
+
+class FeatureDetectors(Patches):
+    """Notebook 06."""
+
+    steps: int = Field(16, ge=2, le=256, description="steps of insertion and deletion curves")
+
+
+NOTEBOOKS: dict[str, type[Parameters]] = {
+    "01_data_and_models": DataAndModels,
+    "02_attribution_extraction": AttributionExtraction,
+    "03_feature_images": FeatureImages,
+    "04_cross_architecture_transfer": Transfer,
+    "05_harmonisation": Harmonization,
+    "06_feature_detectors": FeatureDetectors,
+}
+
+
+def parameters_cell(notebook: str) -> str:
+    """Source of a notebook's ``parameters`` cell, in the form papermill reads back.
+
+    Parameters
+    ----------
+    notebook : str
+        A key of ``NOTEBOOKS``.
+
+    Returns
+    -------
+    str
+        One line ``name: type = default  # meaning`` per parameter.
+    """
+    lines = []
+    for name, info in NOTEBOOKS[notebook].model_fields.items():
+        kind = type(info.default).__name__
+        lines.append(f"{name}: {kind} = {json.dumps(info.default)}  # {info.description}")
+    return "\n".join(lines)
+
+
+def check(notebook: str, values: Mapping[str, Any]) -> Any:
+    """Check the parameters of a notebook.
+
+    Parameters
+    ----------
+    notebook : str
+        A key of ``NOTEBOOKS``.
+    values : Mapping[str, Any]
+        The parameters; a notebook passes ``globals()``, where names that start with an underscore and what IPython
+        puts there itself are left out, and any other name counts as a parameter.
+
+    Returns
+    -------
+    Any
+        The notebook's parameter model, frozen.
+
+    Raises
+    ------
+    HarmonizeError
+        Names the parameter, what is wrong with it and what would be right.
+    """
+    kind = NOTEBOOKS[notebook]
+    simple = (bool, int, float, str, list, dict, tuple, type(None))
+    own = {"In", "Out", "papermill"}
+    given = {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and name not in own and isinstance(value, simple)
+    }
+    for name in given:
+        if name not in kind.model_fields:
+            raise unknown(f"parameter of {notebook}", name, kind.model_fields)
+    try:
+        return kind(**{name: _integers_as_floats(kind, name, value) for name, value in given.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise HarmonizeError(
+            f"parameter {place!r} of {notebook}: {first['msg'].lower()}; got {str(first['input'])[:60]!r}"
+        ) from None
+
+
+def _integers_as_floats(kind: type[Parameters], name: str, value: Any) -> Any:
+    """A whole number is a fine float: JSON and YAML write 1.0 as 1."""
+    default = kind.model_fields[name].default
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, list) and isinstance(value, list) and default and isinstance(default[0], float):
+        return [float(item) if type(item) is int else item for item in value]
+    return value

@@ -1,0 +1,216 @@
+"""Recipes of the zoo, and the training that rebuilds any of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from harmonize_lib import paths, shapes
+from harmonize_lib.data import Dataset, load_dataset
+from harmonize_lib.errors import HarmonizeError
+from harmonize_lib.models import ARCHITECTURES, Model
+from harmonize_lib.storage import sha256_bytes, write_atomic
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "resnet": {"learning_rate": 4e-3, "bf16": True},
+    "vgg": {"learning_rate": 4e-3, "bf16": True},
+    "mobilenet": {"learning_rate": 4e-3, "bf16": False},
+    "convnext": {"learning_rate": 4e-3, "bf16": True},
+    "vit": {"learning_rate": 1.5e-3, "bf16": False, "epochs": 14},
+    "swin": {"learning_rate": 2e-3, "bf16": True},
+    "mobilevit": {"learning_rate": 3e-3, "bf16": False},
+}
+COMMON = {"train_images": 12_000, "epochs": 8, "batch_size": 128, "weight_decay": 0.05}
+COMMONALITY_OBJECT = shapes.OBJECTS[0]
+TEST_IMAGES = 5_000
+
+
+def parse_name(name: str) -> tuple[str, dict[str, Any], int]:
+    """Take a zoo name apart.
+
+    Parameters
+    ----------
+    name : str
+        ``ARCHITECTURE-LABELS[-sSEED]`` with labels ``obj``, ``scene``, ``scene_only`` or ``scene_kK`` (one object in
+        K of 10 scene classes), e.g. ``vit-obj-s1``, ``resnet-scene_k3``.
+
+    Returns
+    -------
+    tuple[str, dict[str, Any], int]
+        Architecture, options for ``load_dataset``, seed.
+
+    Raises
+    ------
+    HarmonizeError
+        Not such a name.
+    """
+    match = re.fullmatch(r"([a-z]+)-(obj|scene|scene_only|scene_k(\d+))(?:-s(\d+))?", name)
+    if match is None or match[1] not in ARCHITECTURES:
+        raise HarmonizeError(f"{name!r} is no zoo name: write ARCHITECTURE-LABELS[-sSEED], e.g. resnet-obj or vit-scene-s1")
+    labels: dict[str, Any] = {"labels": match[2]}
+    if match[3] is not None:
+        labels = {"labels": "scene", "commonality": int(match[3]), "object": COMMONALITY_OBJECT}
+    return match[1], labels, int(match[4] or 0)
+
+
+def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
+    """Train one model of the zoo and enter it in the manifest.
+
+    Every epoch leaves a checkpoint; a killed run goes on from the last one and gives the same weights.
+
+    Parameters
+    ----------
+    name : str
+        See ``parse_name``.
+    folder : Path
+        Where weights (fp16 safetensors) and ``manifest.json`` are written.
+    device : str
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    quiet : bool
+        No progress bar.
+
+    Returns
+    -------
+    dict[str, Any]
+        The manifest's entry: file, sha256, recipe, accuracy on 5,000 test images with its 95 % interval, command.
+    """
+    architecture, labels, seed = parse_name(name)
+    recipe = COMMON | RECIPES[architecture]
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    data = load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels)
+    start = time.monotonic()
+    torch.manual_seed(seed)  # initial weights and drop path; the order of images has its own generator
+    network = ARCHITECTURES[architecture](len(data.classes)).to(place, memory_format=torch.channels_last)
+    _fit(network, data, recipe, seed, paths.CACHE / "training" / name, place, quiet)
+    state = {key: _half(value) for key, value in network.state_dict().items()}
+    weights = save(state)
+    network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    model = Model(network, name, architecture, data.classes, input_size=(64, 64)).to(place)
+    test = load_dataset("shapes-on-scenes", "test", TEST_IMAGES, **labels)
+    correct = int((predict(model, test.images) == test.labels).sum())
+    interval = binomtest(correct, TEST_IMAGES).proportion_ci(method="wilson")
+    entry = {
+        "file": f"{name}.safetensors",
+        "sha256": sha256_bytes(weights),
+        "architecture": architecture,
+        "labels": labels,
+        "classes": list(data.classes),
+        "seed": seed,
+        "recipe": recipe,
+        "accuracy": correct / TEST_IMAGES,
+        "accuracy_low": round(interval.low, 5),
+        "accuracy_high": round(interval.high, 5),
+        "test_images": TEST_IMAGES,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "training_seconds": round(time.monotonic() - start),
+        "device": place.type,
+        "command": f"harmonize train {name}",
+    }
+    write_atomic(folder / entry["file"], weights)
+    path = folder / "manifest.json"
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    entries[name] = entry
+    write_atomic(path, json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    return entry
+
+
+def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Predicted class of every image.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A ``Model``.
+    images : Tensor
+        (N, C, H, W) uint8.
+    batch_size : int
+        Images at a time.
+
+    Returns
+    -------
+    Tensor
+        (N) int64.
+    """
+    with torch.inference_mode():
+        return torch.cat([model(model.preprocess(part)).argmax(1).cpu() for part in images.split(batch_size)])
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.detach().cpu().half().contiguous() if value.is_floating_point() else value.detach().cpu().contiguous()
+
+
+def _fit(
+    network: nn.Module,
+    data: Dataset,
+    recipe: dict[str, Any],
+    seed: int,
+    checkpoints: Path,
+    device: torch.device,
+    quiet: bool,
+) -> None:
+    """AdamW on cross-entropy with one cosine cycle after a short warm-up; random left-right flips."""
+    decay = [p for p in network.parameters() if p.ndim > 1]
+    rest = [p for p in network.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": recipe["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
+    )
+    steps = len(data) // recipe["batch_size"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe["learning_rate"], total_steps=steps * recipe["epochs"], pct_start=0.15
+    )
+    checkpoint = checkpoints / "state.pt"
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        torch.set_rng_state(saved["rng"].cpu())
+        first = saved["epoch"] + 1
+    network.train()
+    for epoch in range(first, recipe["epochs"]):
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(len(data), generator=generator)[: steps * recipe["batch_size"]]
+        flips = torch.rand(len(order), generator=generator) < 0.5
+        bar = tqdm(
+            zip(order.split(recipe["batch_size"]), flips.split(recipe["batch_size"]), strict=True),
+            total=steps,
+            desc=f"{checkpoints.name} epoch {epoch + 1}/{recipe['epochs']}",
+            disable=quiet,
+        )
+        for index, flip in bar:
+            images = torch.where(flip[:, None, None, None], data.images[index].flip(3), data.images[index])
+            x = (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe["bf16"]):
+                logits = network(x)
+            loss = F.cross_entropy(logits.float(), data.labels[index].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(
+            {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "rng": torch.get_rng_state(),
+                "epoch": epoch,
+            },
+            partial,
+        )
+        partial.replace(checkpoint)
+    network.eval()
