@@ -1,15 +1,16 @@
 """Agreement between two attribution maps of the same image.
 
-Every function takes two (N, H, W) tensors and gives (N) float32; the computation runs in float64. A pair in which a
-map is constant (for the top-k sets by magnitude: constant in magnitude) or holds NaN gives NaN. Ties at the edge of a
-top-k set share the places left: the expected overlap when each map breaks its ties at random, independently.
+Every function takes two (N, H, W) tensors and gives (N) float32; the computation runs in float64. A pair in
+which a map is constant (for the top-k sets by magnitude: constant in magnitude) or holds NaN gives NaN. Ties
+at the edge of a top-k set share the places left: the expected overlap when each map breaks its ties at
+random, independently. So a map agrees with itself by less than 1 where its top-k set is not unique.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import avg_pool2d
 
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.features import rank_bounds, top_count, top_membership
@@ -38,8 +39,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
         If the shapes differ or are not (N, H, W).
     """
     x, y = _pair(a, b)
-    rx, ry = (sum(rank_bounds(v)).double() for v in (x, y))
-    rx, ry = rx - rx.mean(1, keepdim=True), ry - ry.mean(1, keepdim=True)
+    rx, ry = _centered_ranks(x), _centered_ranks(y)
     rho = (rx * ry).sum(1) / (rx.square().sum(1) * ry.square().sum(1)).sqrt()
     return _defined(rho.clamp(-1, 1), x, y)
 
@@ -102,8 +102,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Notes
     -----
-    A uniform 7x7 window with sample covariance, averaged over the windows that lie inside the map (scikit-image's
-    default), not the paper's Gaussian window.
+    A uniform 7x7 window with sample covariance, averaged over the windows that lie inside the map
+    (scikit-image's default), not the paper's Gaussian window.
     """
     x, y = _pair(a, b)
     height, width = a.shape[1:]
@@ -112,7 +112,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     u, v = (((m - m.amin(1, True)) / (m.amax(1, True) - m.amin(1, True))).view(a.shape) for m in (x, y))
 
     def window(m: Tensor) -> Tensor:
-        return F.avg_pool2d(m, SSIM_WINDOW, stride=1)
+        return avg_pool2d(m[:, None], SSIM_WINDOW, stride=1)[:, 0]
 
     sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
     mu, mv = window(u), window(v)
@@ -206,7 +206,7 @@ def sign_agreement(a: Tensor, b: Tensor, fraction: float = 0.1) -> Tensor:
     Returns
     -------
     Tensor
-        (N) in [0, 1], at most the feature agreement; NaN if a map is constant in magnitude. Zero agrees with zero.
+        (N) in [0, 1], at most the feature agreement; NaN if a map is constant in magnitude. Zero is a sign.
 
     Raises
     ------
@@ -225,8 +225,15 @@ def sign_agreement(a: Tensor, b: Tensor, fraction: float = 0.1) -> Tensor:
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.ndim != 3 or a.shape != b.shape:
-        raise HarmonizeError(f"maps of shapes {tuple(a.shape)} and {tuple(b.shape)}: give two of one (N, H, W)")
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise HarmonizeError(f"maps of shapes {shapes}: give two of one shape (N, H, W)")
     return a.flatten(1).double(), b.flatten(1).double()
+
+
+def _centered_ranks(values: Tensor) -> Tensor:
+    low, high = rank_bounds(values)
+    doubled = (low + high).double()
+    return doubled - doubled.mean(1, keepdim=True)
 
 
 def _top(values: Tensor, count: int) -> Tensor:

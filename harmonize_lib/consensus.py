@@ -108,7 +108,7 @@ def _rank_product(ranks: Tensor, votes: Tensor) -> Tensor:
 def _partial_order(ranks: Tensor, votes: Tensor) -> Tensor:
     """Score s_p = #{q: q <= p in every map} - #{q: p <= q in every map}; a constant map orders nothing."""
     models, images, pixels = ranks.shape
-    ranks = (2 * ranks * votes).to(torch.int16 if pixels < 2**14 else torch.int32)
+    ranks = (2 * ranks).to(torch.int16 if pixels < 2**14 else torch.int32)
     score = ranks.new_zeros((images, pixels), dtype=torch.int32)
     block = max(1, 2**20 // pixels**2)
     rows = max(1, min(pixels, 2**20 // pixels))
@@ -220,10 +220,10 @@ def consensus(maps: Tensor, rule: str = "mean", normalization: str | None = None
         (M, N, H, W), one map per model (or method) and image; any units, signed, finite. Left as it is.
     rule : str
         A name of :func:`list_rules`; formula and source of each stand in ``RULES``.
-    normalization : str or None
+    normalization : str | None
         See :func:`normalize_maps`; None takes the rule's own (``RULES[rule].normalization``). The rules that use
         the order alone (``borda``, ``rrf``, ``rank_product``, ``partial_order``) give the same under each.
-    patch : int or None
+    patch : int | None
         Side in pixels of the squares over which maps are averaged first; the result is constant on each. None
         works on pixels.
 
@@ -277,9 +277,9 @@ def consensus_record(rule: str, normalization: str | None = None, patch: int | N
     ----------
     rule : str
         A name of :func:`list_rules`.
-    normalization : str or None
+    normalization : str | None
         As in :func:`consensus`.
-    patch : int or None
+    patch : int | None
         As in :func:`consensus`.
 
     Returns

@@ -49,7 +49,8 @@ def insertion(
     Returns
     -------
     Tensor
-        (N, steps + 1) float32 in [0, 1], on the CPU: filled image first, whole image last. NaN for maps with NaN.
+        (N, steps + 1) float32 in [0, 1], on the CPU: filled image first, whole image last. NaN if the map
+        holds NaN.
 
     Raises
     ------
@@ -58,12 +59,13 @@ def insertion(
 
     References
     ----------
-    Petsiuk et al. 2018 (RISE, arXiv 1806.07421), section 4.1.
+    Petsiuk et al. 2018 (RISE, arXiv 1806.07421), causal metrics; ``evaluation.py`` of the authors' code.
 
     Notes
     -----
-    RISE scores the predicted class and moves a fixed number of pixels per step (224 at 224x224); here the targets are
-    given and the steps are equal parts. Higher area is better under ``"morf"``.
+    RISE scores the predicted class and moves a fixed number of pixels per step (224 at 224x224); here the
+    targets are given and the steps are equal parts. Higher area is better under ``"morf"``, lower under
+    ``"lerf"``.
     """
     return _curves(model, images, targets, maps, steps, fill, order, score, batch_size, enter=True)
 
@@ -94,7 +96,8 @@ def deletion(
     steps : int
         Number of equal steps, 1 to HW; after step t, round(t * HW / steps) pixels have left.
     fill : str
-        ``"mean"`` (RISE: zeros of the model's input, the mean its preprocessing subtracts), ``"blur"`` or ``"road"``.
+        ``"mean"`` (RISE: zeros of the model's input, the mean its preprocessing subtracts), ``"blur"`` or
+        ``"road"``.
     order : str
         ``"morf"``, most relevant first, or ``"lerf"``, least relevant first.
     score : str
@@ -105,7 +108,8 @@ def deletion(
     Returns
     -------
     Tensor
-        (N, steps + 1) float32 in [0, 1], on the CPU: whole image first, filled image last. NaN for maps with NaN.
+        (N, steps + 1) float32 in [0, 1], on the CPU: whole image first, filled image last. NaN if the map
+        holds NaN.
 
     Raises
     ------
@@ -114,7 +118,7 @@ def deletion(
 
     References
     ----------
-    Petsiuk et al. 2018 (RISE, arXiv 1806.07421), section 4.1.
+    Petsiuk et al. 2018 (RISE, arXiv 1806.07421), causal metrics; ``evaluation.py`` of the authors' code.
 
     Notes
     -----
@@ -150,15 +154,16 @@ def road(
     order : str
         ``"morf"``, most relevant first, or ``"lerf"``, least relevant first.
     score : str
-        ``"probability"`` of the target, or ``"correct"``: 1 where the target is the top class (the mean over images
-        is ROAD's accuracy).
+        ``"probability"`` of the target, or ``"correct"``: 1 where the target is the top class (its mean over
+        images is ROAD's accuracy).
     batch_size : int
         Perturbed images per forward pass.
 
     Returns
     -------
     Tensor
-        (N, steps + 1) float32 in [0, 1], on the CPU: whole image first, mid-gray image last. NaN for maps with NaN.
+        (N, steps + 1) float32 in [0, 1], on the CPU: whole image first, mid-gray image last. NaN if the
+        map holds NaN.
 
     Raises
     ------
@@ -167,12 +172,13 @@ def road(
 
     References
     ----------
-    Rong et al. 2022 (ROAD, arXiv 2202.00449), section 4.
+    Rong et al. 2022 (ROAD, arXiv 2202.00449).
 
     Notes
     -----
-    Imputation runs on the source pixels, see :func:`harmonize_lib.features.feature_image`: one noise field, seeded 0,
-    for all images and steps. A pixel leaves with all its channels. Lower area is better under ``"morf"``.
+    Imputation runs on the source pixels, see :func:`harmonize_lib.features.feature_image`: one noise field,
+    seeded 0, for all images and steps. A pixel leaves with all its channels. Lower area is better under
+    ``"morf"``.
     """
     return _curves(model, images, targets, maps, steps, "road", order, score, batch_size, enter=False)
 
@@ -197,10 +203,10 @@ def area(curves: Tensor) -> Tensor:
 
     References
     ----------
-    Petsiuk et al. 2018 (RISE), the area of the authors' code.
+    Petsiuk et al. 2018 (RISE, arXiv 1806.07421), ``auc`` in ``evaluation.py`` of the authors' code.
     """
     if curves.ndim == 0 or curves.shape[-1] < 2:
-        raise HarmonizeError(f"curves has shape {tuple(curves.shape)}: give (N, steps + 1), two points or more")
+        raise HarmonizeError(f"curves has shape {tuple(curves.shape)}: give (N, n) with two points or more")
     return (curves.sum(-1) - curves[..., 0] / 2 - curves[..., -1] / 2) / (curves.shape[-1] - 1)
 
 
@@ -217,7 +223,7 @@ def _curves(
     enter: bool,
 ) -> Tensor:
     _check(model, images, targets, maps, steps, fill, order, score, batch_size)
-    pixels = maps[0].numel() if len(maps) else 0
+    pixels = maps.shape[1] * maps.shape[2]
     rank = ranks(maps.nan_to_num())
     if order == "lerf":
         rank = pixels - 1 - rank
@@ -225,7 +231,8 @@ def _curves(
     device = next((p.device for p in model.parameters()), images.device)
     values = torch.empty(len(images) * (steps + 1))
     with torch.no_grad():
-        for pairs in torch.arange(len(values)).split(batch_size):
+        for start in range(0, len(values), batch_size):
+            pairs = torch.arange(start, min(start + batch_size, len(values)))
             image, step = pairs // (steps + 1), pairs % (steps + 1)
             first = rank[image] < moved.to(rank.device)[step, None, None]
             keep = (first if enter else ~first).to(device)
@@ -250,9 +257,11 @@ def _perturbed(model: nn.Module, images: Tensor, index: Tensor, keep: Tensor, fi
 def _score(model: nn.Module, batch: Tensor, targets: Tensor, score: str) -> Tensor:
     logits = model(batch)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise HarmonizeError(f"the model gives {type(logits).__name__}: give one whose output is a tensor (N, K)")
+        raise HarmonizeError(
+            f"the model gives {type(logits).__name__}: it must give one tensor of logits (N, K)"
+        )
     if logits.isnan().any():
-        raise HarmonizeError("the model gives NaN logits")
+        raise HarmonizeError("the model gives NaN logits: check its weights and its input")
     if targets.min() < 0 or targets.max() >= logits.shape[1]:
         raise HarmonizeError(f"targets run outside 0..{logits.shape[1] - 1}, the classes of the model")
     if score == "correct":
@@ -274,14 +283,16 @@ def _check(
     for kind, name, options in (("fill", fill, FILLS), ("order", order, ORDERS), ("score", score, SCORES)):
         if name not in options:
             raise unknown(kind, name, options)
-    if images.ndim != 4 or maps.shape != (len(images), *images.shape[2:]) or targets.shape != images.shape[:1]:
+    grid = (*images.shape[:1], *images.shape[2:])
+    if images.ndim != 4 or maps.shape != grid or targets.shape != grid[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (images, targets, maps))
-        raise HarmonizeError(f"images, targets, maps of {shapes} do not match: give (N, C, H, W), (N), (N, H, W)")
+        line = f"images, targets, maps of {shapes} do not match"
+        raise HarmonizeError(f"{line}: give (N, C, H, W), (N), (N, H, W)")
     if not 1 <= steps <= maps.shape[1] * maps.shape[2]:
         raise HarmonizeError(f"steps={steps} is out of range: give 1 to {maps.shape[1] * maps.shape[2]}")
     if batch_size < 1:
         raise HarmonizeError(f"batch_size={batch_size} is out of range: give at least 1")
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise HarmonizeError("the model is in train mode: call model.eval() first")
     if not hasattr(model, "preprocess") and not images.is_floating_point():
         raise HarmonizeError(f"images are {images.dtype}: a model without .preprocess takes float input")

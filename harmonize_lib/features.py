@@ -7,7 +7,7 @@ from math import gcd
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import avg_pool2d, conv2d, pad
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from harmonize_lib.errors import HarmonizeError, unknown
@@ -39,13 +39,14 @@ def patch_scores(maps: Tensor, patch: int) -> Tensor:
     HarmonizeError
         If the maps are not (N, H, W) or the patch does not divide them.
     """
-    maps = _maps("maps", maps)
+    _check_maps(maps)
     height, width = maps.shape[1:]
     if patch < 1 or height % patch or width % patch:
         side = gcd(height, width)
         fits = ", ".join(str(d) for d in range(1, side + 1) if side % d == 0)
-        raise HarmonizeError(f"patch={patch} does not divide maps of {height}x{width}: use one of {fits}"[:200])
-    return F.avg_pool2d(maps.float(), patch)
+        line = f"patch={patch} does not divide maps of {height}x{width}: use one of {fits}"
+        raise HarmonizeError(line[:200])
+    return avg_pool2d(maps[:, None].float(), patch)[:, 0]
 
 
 def ranks(maps: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -70,13 +71,13 @@ def ranks(maps: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     Notes
     -----
-    Ties follow one random order of the positions, shared by all maps of the call: the result for a batch equals
-    the result one by one, and does not depend on the order of the samples.
+    Ties follow one random order of the positions, shared by all maps of the call: the result for a batch
+    equals the result one by one, and does not depend on the order of the samples.
     """
-    maps = _maps("maps", maps)
-    if maps.isnan().any():
-        raise HarmonizeError(f"{int(maps.flatten(1).isnan().any(1).sum())} of {len(maps)} maps hold NaN: no rank is defined")
+    _check_maps(maps)
     flat = maps.flatten(1)
+    if bad := int(flat.isnan().any(1).sum()):
+        raise HarmonizeError(f"{bad} of {len(maps)} maps hold NaN: their pixels have no rank, leave them out")
     generator = _seeded(generator)
     jitter = torch.randperm(flat.shape[1], generator=generator, device=generator.device).to(maps.device)
     order = jitter[flat[:, jitter].sort(dim=1, descending=True, stable=True).indices]
@@ -112,10 +113,10 @@ def feature_mask(
 
     References
     ----------
-    SPEC section 7; the question is that of Kadir et al. 2023, the construction this project's.
+    Kadir et al. 2023 (arXiv 2307.02150) ask which features transfer; the construction is this project's.
     """
     scores = patch_scores(maps, patch)
-    mask = ranks(scores, generator) < top_count(fraction, scores[0].numel())
+    mask = ranks(scores, generator) < top_count(fraction, scores.shape[1] * scores.shape[2])
     return mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
 
 
@@ -135,11 +136,11 @@ def feature_image(
     mask : Tensor
         (N, H, W) bool, True where the image is kept; ``~mask`` gives the non-feature image.
     fill : str
-        ``"mean"``: one color; ``"blur"``: the image blurred (Gaussian, 11 pixels, sigma 5); ``"road"``: noisy linear
-        imputation from the kept pixels.
+        ``"mean"``: one color; ``"blur"``: the image blurred (Gaussian, 11 pixels, sigma 5); ``"road"``: noisy
+        linear imputation from the kept pixels.
     mean : Sequence[float] | Tensor | None
-        (C) color of the fill in the units of the images, meant to be the data set's mean. None means mid-gray,
-        since a mean taken from the batch would make an image's result depend on its company.
+        (C) color of the fill in the units of the images, meant to be the data set's mean. None means
+        mid-gray, since a mean taken from the batch would make an image's result depend on its company.
     generator : torch.Generator | None
         Noise of ``"road"``; None means a generator seeded 0.
 
@@ -155,22 +156,25 @@ def feature_image(
 
     References
     ----------
-    Rong et al. 2022 (ROAD, arXiv 2202.00449), section 4; Petsiuk et al. 2018 (RISE, arXiv 1806.07421) for the blur.
+    Rong et al. 2022 (ROAD, arXiv 2202.00449), noisy linear imputation; Petsiuk et al. 2018 (RISE, arXiv
+    1806.07421), the blur of the insertion metric.
 
     Notes
     -----
-    One noise field is drawn per call and shared by all its images, so that a batch equals one by one; ROAD draws per
-    image. uint8 results are rounded and clipped to 0..255. An image with nothing kept is imputed from ``mean``.
+    One noise field (standard deviation 0.01 of the value range) is drawn per call and shared by all its
+    images, so that a batch equals one by one; ROAD draws per image. uint8 results are rounded and clipped to
+    0..255. An image with nothing kept is imputed from ``mean``.
     """
     if fill not in FILLS:
         raise unknown("fill", fill, FILLS)
-    images, mask = _images(images), _mask(mask)
-    if mask.shape != (len(images), *images.shape[2:]):
-        raise HarmonizeError(f"mask {tuple(mask.shape)} does not match images {tuple(images.shape)}: give (N, H, W)")
+    _check_images(images, mask)
     white = 255.0 if images.dtype == torch.uint8 else 1.0
-    color = torch.full(images.shape[1:2], white / 2) if mean is None else torch.as_tensor(mean, dtype=torch.float32)
-    if color.shape != images.shape[1:2]:
-        raise HarmonizeError(f"mean has shape {tuple(color.shape)}: give one value for each of {images.shape[1]} channels")
+    channels = images.shape[1]
+    color = torch.as_tensor([white / 2] * channels if mean is None else mean, dtype=torch.float32)
+    if color.shape != (channels,):
+        raise HarmonizeError(
+            f"mean has shape {tuple(color.shape)}: give one value per channel, {channels} in all"
+        )
     color = color.to(images.device)[:, None, None]
     filled = images.float()
     if fill == "mean":
@@ -203,21 +207,23 @@ def blur(images: Tensor) -> Tensor:
 
     References
     ----------
-    Petsiuk et al. 2018 (RISE), section 4.1.
+    Petsiuk et al. 2018 (RISE, arXiv 1806.07421), insertion metric.
 
     Notes
     -----
-    Borders are reflected, where RISE's code pads with zeros; sides under 6 pixels take a narrower kernel.
+    The kernel is a Gaussian cut off at 11 pixels and normalized, borders reflected; RISE's code folds the
+    tails of the kernel back into the 11 pixels. Sides under 6 pixels take a narrower kernel.
     """
     height, width = images.shape[2:]
-    return gaussian_blur(images, [min(BLUR_KERNEL, 2 * s - 1) for s in (width, height)], [BLUR_SIGMA, BLUR_SIGMA])
+    kernel = [min(BLUR_KERNEL, 2 * side - 1) for side in (width, height)]
+    return gaussian_blur(images, kernel, [BLUR_SIGMA, BLUR_SIGMA])
 
 
 def linear_imputation(images: Tensor, mask: Tensor) -> Tensor:
     """Replace hidden pixels by the weighted mean of their eight neighbors, all at once.
 
-    Solves x_i = sum_n w_n x_n / sum_n w_n over the neighbors n inside the image, w = 1/6 across an edge and 1/12
-    across a corner, for every hidden pixel i; kept pixels are given.
+    Solves x_i = sum_n w_n x_n / sum_n w_n over the neighbors n inside the image, w = 1/6 across an edge and
+    1/12 across a corner, for every hidden pixel i; kept pixels are given.
 
     Parameters
     ----------
@@ -238,12 +244,13 @@ def linear_imputation(images: Tensor, mask: Tensor) -> Tensor:
 
     References
     ----------
-    Rong et al. 2022 (ROAD, arXiv 2202.00449), section 4.2, without the noise.
+    Rong et al. 2022 (ROAD, arXiv 2202.00449), noisy linear imputation, here without the noise.
 
     Notes
     -----
-    The system is block tridiagonal in the rows of the image; it is solved directly (block elimination, one batched
-    Cholesky factor per row), so an image's result does not depend on its batch. Cost grows as H * W^3.
+    The system is block tridiagonal in the rows of the image and is solved directly, by block elimination with
+    one batched Cholesky factor per row, so that an image's result does not depend on its batch (to about
+    1e-7). Time grows as H * W^3: some 6 ms for 64x64 and 0.3 s for 224x224 on one core.
     """
     if not mask.flatten(1).any(1).all():
         raise HarmonizeError("an image has no kept pixel: linear imputation needs at least one")
@@ -269,7 +276,7 @@ def _solve(images: Tensor, mask: Tensor) -> Tensor:
 def _coupling(images: Tensor) -> Tensor:
     """(W, W) weights between a row of pixels and the next."""
     step = torch.eye(images.shape[3], device=images.device)
-    return step / 6 + (F.pad(step, (1, 1))[:, :-2] + F.pad(step, (1, 1))[:, 2:]) / 12
+    return step / 6 + (pad(step, (1, 1))[:, :-2] + pad(step, (1, 1))[:, 2:]) / 12
 
 
 def _factor(hidden: Tensor, total: Tensor, coupling: Tensor) -> list[Tensor]:
@@ -299,7 +306,7 @@ def _neighbors(images: Tensor) -> Tensor:
     """Sum of the eight neighbors with ROAD's weights, zero outside the image."""
     weights = images.new_tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
     flat = images.flatten(0, 1)[:, None]
-    return F.conv2d(flat, weights[None, None], padding=1).view_as(images)
+    return conv2d(flat, weights[None, None], padding=1).view_as(images)
 
 
 def top_count(fraction: float, total: int) -> int:
@@ -323,7 +330,9 @@ def top_count(fraction: float, total: int) -> int:
         If the fraction is out of range.
     """
     if not 0 < fraction <= 1:
-        raise HarmonizeError(f"fraction={fraction} is out of range: give a part of the map in (0, 1], such as 0.1")
+        raise HarmonizeError(
+            f"fraction={fraction} is out of range: give a part of the map in (0, 1], such as 0.1"
+        )
     return max(1, round(fraction * total))
 
 
@@ -338,8 +347,8 @@ def rank_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple[Tensor, Tensor]
-        ``low`` and ``high``, (N, P) int64 each: how many values of the row are greater, and how many greater or
-        equal. ``(low + high - 1) / 2`` is the average rank.
+        ``low`` and ``high``, (N, P) int64 each: how many values of the row are greater, and how many greater
+        or equal. ``(low + high - 1) / 2`` is the average rank.
     """
     down = (-values).contiguous()
     ascending = down.sort(1).values
@@ -370,26 +379,20 @@ def _seeded(generator: torch.Generator | None) -> torch.Generator:
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
-def _maps(name: str, maps: Tensor) -> Tensor:
-    maps = torch.as_tensor(maps)
+def _check_maps(maps: Tensor) -> None:
     if maps.ndim != 3:
-        raise HarmonizeError(f"{name} has shape {tuple(maps.shape)}: give (N, H, W)")
-    return maps
+        raise HarmonizeError(f"maps has shape {tuple(maps.shape)}: give (N, H, W)")
 
 
-def _mask(mask: Tensor) -> Tensor:
-    mask = torch.as_tensor(mask)
-    if mask.dtype != torch.bool:
-        raise HarmonizeError(f"mask is {mask.dtype}: give torch.bool, such as mask > 0")
-    return mask
-
-
-def _images(images: Tensor) -> Tensor:
-    images = torch.as_tensor(images)
+def _check_images(images: Tensor, mask: Tensor) -> None:
     if images.ndim != 4:
         raise HarmonizeError(f"images has shape {tuple(images.shape)}: give (N, C, H, W)")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise HarmonizeError(f"images are {images.dtype}: give uint8 or float in [0, 1]")
     if images.isnan().any():
         raise HarmonizeError("images hold NaN: clean them first")
-    return images
+    if mask.dtype != torch.bool:
+        raise HarmonizeError(f"mask is {mask.dtype}: give torch.bool, such as mask > 0")
+    if mask.shape != (len(images), *images.shape[2:]):
+        shapes = f"mask {tuple(mask.shape)} does not match images {tuple(images.shape)}"
+        raise HarmonizeError(f"{shapes}: give (N, H, W) for (N, C, H, W)")

@@ -1,10 +1,10 @@
 """Localization: does an attribution map point at the object? Scores against exact masks.
 
-Every function takes maps (N, H, W) and masks bool (N, H, W) and gives (N) float32 in [0, 1], higher better; the
-computation runs in float64. An empty mask or a map with NaN gives NaN. Maps are signed: relevance mass looks at their
-positive part, the others rank the raw signed values, so negative evidence comes last. Ties are broken at random in
-expectation: tied pixels share the places left, so a constant map scores |mask| / HW in relevance rank and in the
-pointing game, and |mask| / HW in average precision.
+Every function takes maps (N, H, W) and masks bool (N, H, W) and gives (N) float32 in [0, 1], higher better;
+the computation runs in float64. An empty mask or a map with NaN gives NaN. Maps are signed: relevance mass
+looks at their positive part, the others rank the raw signed values, so negative evidence comes last. Tied
+pixels share the places left, as if ties were broken at random: a constant map scores |mask| / HW in all but
+mask IoU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def relevance_mass(maps: Tensor, masks: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        (N) in [0, 1]: sum of a+ in the mask / sum of a+. NaN without positive attribution or for an empty mask.
+        (N) in [0, 1]: sum of a+ in the mask / sum of a+. NaN without positive attribution or for an empty
+        mask.
 
     Raises
     ------
@@ -96,7 +97,7 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 
     References
     ----------
-    Zhang et al. 2018 (arXiv 1608.00507), section 4.2, without the 15 pixel tolerance.
+    Zhang et al. 2018 (arXiv 1608.00507), without the 15 pixel tolerance.
     """
     values, inside = _pair(maps, masks)
     return _defined(_hits(values, inside, torch.ones_like(inside.sum(1))), values, inside)
@@ -150,7 +151,8 @@ def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
 
     Notes
     -----
-    The step-wise sum over distinct thresholds, sum_n (R_n - R_(n-1)) P_n, as in scikit-learn: tied pixels enter together.
+    The step-wise sum over distinct thresholds, sum_n (R_n - R_(n-1)) P_n, as in scikit-learn: tied pixels
+    enter together.
     """
     values, inside = _pair(maps, masks)
     _, high = rank_bounds(values)

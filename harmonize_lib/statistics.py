@@ -47,7 +47,8 @@ def bootstrap_interval(
     Returns
     -------
     Interval
-        ``mean`` is NaN if no value is left; ``low`` and ``high`` are NaN for fewer than two values (or clusters).
+        ``mean`` is NaN if no value is left; ``low`` and ``high`` are NaN for fewer than two values
+        (clusters).
 
     Raises
     ------
@@ -90,7 +91,8 @@ def paired_difference(
     Returns
     -------
     Interval
-        Mean, low and high as :func:`bootstrap_interval` gives them for ``a - b``; ``p`` is NaN if no pair is left.
+        Mean, low, high as :func:`bootstrap_interval` gives them for ``a - b``; ``p`` is NaN if no pair is
+        left.
 
     Raises
     ------
@@ -99,15 +101,15 @@ def paired_difference(
 
     Notes
     -----
-    p is the sign-flip permutation test of "the differences are symmetric about 0", statistic |mean(a - b)|. All
-    2^G flips of the G clusters are counted when there are at most ``n_resamples`` of them (p is exact, at least
-    2/2^G); otherwise ``n_resamples`` random flips are drawn and p = (1 + hits) / (1 + n_resamples). The interval and
-    p come from different procedures, so near the level they may disagree.
+    p is the sign-flip permutation test of "the differences are symmetric about 0", statistic |mean(a - b)|.
+    All 2^G flips of the G clusters are counted when there are at most ``n_resamples`` of them (p is exact, at
+    least 2/2^G); otherwise ``n_resamples`` random flips are drawn and p = (1 + hits) / (1 + n_resamples). The
+    interval and p come from different procedures, so near the level they may disagree.
 
     References
     ----------
-    Good 2005, Permutation, Parametric and Bootstrap Tests of Hypotheses, chapter 3.
-    Phipson, Smyth 2010 (the added 1).
+    Good 2005, Permutation, Parametric and Bootstrap Tests of Hypotheses. Phipson, Smyth 2010, Permutation
+    p-values should never be zero (the added 1).
     """
     a, b = _vector("a", a), _vector("b", b)
     if len(a) != len(b):
@@ -129,7 +131,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     Returns
     -------
     NDArray[np.float64]
-        (N) adjusted p-values in [0, 1], in the given order: max over j <= i of (n - j) p_(j), j from 0, at most 1.
+        (N) adjusted p-values in the given order: max over j <= i of (n - j) p_(j), j from 0, at most 1.
 
     Raises
     ------
@@ -166,9 +168,12 @@ def _clustered(
         return values[defined], np.ones(defined.sum())
     labels = np.asarray(clusters)
     if labels.shape != values.shape:
-        raise HarmonizeError(f"clusters has shape {labels.shape} for {len(values)} values: give one label per value")
+        raise HarmonizeError(
+            f"clusters has shape {labels.shape}: give one label for each of {len(values)} values"
+        )
     _, index = np.unique(labels[defined], return_inverse=True)
-    return np.bincount(index, values[defined]), np.bincount(index).astype(np.float64)
+    sums, counts = np.bincount(index, values[defined]), np.bincount(index)
+    return sums.astype(np.float64), counts.astype(np.float64)
 
 
 def _bootstrap(

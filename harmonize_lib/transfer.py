@@ -20,8 +20,6 @@ from harmonize_lib.features import feature_image, feature_mask, patch_scores, to
 FLOOR = ("random", "control")
 FAMILIES = ("cnn", "transformer")
 CELL = ["source", "target", "method", "fraction"]
-Key = tuple[str, str]
-Maps = Mapping[Key, Any]
 
 TRANSFER_SCHEMA = pa.DataFrameSchema(
     {
@@ -34,8 +32,8 @@ TRANSFER_SCHEMA = pa.DataFrameSchema(
         "correct": pa.Column(bool),
         "probability": pa.Column(float, pa.Check.in_range(0, 1), coerce=True),
     },
+    checks=pa.Check(lambda table: not table.duplicated([*CELL, "complement", "image"]).any(), name="one row per cell"),
     strict=True,
-    unique=[*CELL, "complement", "image"],
 )
 
 
@@ -70,7 +68,7 @@ def held_out_pool(models: Mapping[str, str], target: str) -> list[str]:
 def recognition(
     models: Mapping[str, nn.Module] | Sequence[nn.Module],
     dataset: Dataset,
-    maps: Maps,
+    maps: Mapping[tuple[str, str], Any],
     fractions: Sequence[float],
     patch: int = 4,
     fill: str = "mean",
@@ -82,14 +80,14 @@ def recognition(
 
     Parameters
     ----------
-    models : Mapping[str, nn.Module] or Sequence[nn.Module]
+    models : Mapping[str, nn.Module] | Sequence[nn.Module]
         The targets n, by name, or with an attribute ``name``. In eval mode, logits (N, K).
     dataset : Dataset
         N images with labels; the label is the class looked for.
-    maps : Mapping[tuple[str, str], Tensor or Callable[[], Tensor]]
-        (source, method) to maps (N, H, W), or to a function that gives them. Each is asked for once, one after the
-        other, so a lazy mapping may stream them from a store. The floor ``("random", "control")`` is added unless
-        it is given.
+    maps : Mapping[tuple[str, str], Any]
+        (source, method) to maps (N, H, W), or to a function without arguments that gives them. Each is asked for
+        once, one after the other, so a lazy mapping may stream them from a store. The floor
+        ``("random", "control")`` is added unless it is given.
     fractions : Sequence[float]
         Shares k of the patches that are features, each in (0, 1].
     patch : int
@@ -125,13 +123,14 @@ def recognition(
     networks = _named(models)
     _check(networks, dataset, fractions, batch_size)
     floor = _floor_maps(dataset.images, patch, seed)
-    keys = [*maps, *([] if FLOOR in maps else [FLOOR])]
+    given = list(maps)
+    keys = given if FLOOR in given else [*given, FLOOR]
     sides = (False, True) if complement else (False,)
     shape = (len(keys), len(fractions), len(sides), len(networks), len(dataset.labels))
     correct, probability = np.empty(shape, dtype=bool), np.empty(shape)
     mean = _channel_mean(dataset.images)
     for i, key in enumerate(keys):
-        scores = _scores(maps.get(key, floor), key, dataset.images)
+        scores = _scores(maps[key] if key in given else floor, key, dataset.images)
         for j, fraction in enumerate(fractions):
             mask = feature_mask(scores, fraction, patch, _generator(seed, 1))
             for k, side in enumerate(sides):
@@ -154,7 +153,7 @@ def transfer_table(
     fractions: Sequence[float],
     patch: int = 4,
     fill: str = "mean",
-    maps: Maps | None = None,
+    maps: Mapping[tuple[str, str], Any] | None = None,
     complement: bool = False,
     seed: int = 0,
     batch_size: int = 256,
@@ -163,7 +162,7 @@ def transfer_table(
 
     Parameters
     ----------
-    models : Mapping[str, nn.Module] or Sequence[nn.Module]
+    models : Mapping[str, nn.Module] | Sequence[nn.Module]
         Sources and targets, see :func:`recognition`.
     dataset : Dataset
         N images with labels; the label is what is explained and looked for.
@@ -175,7 +174,7 @@ def transfer_table(
         See :func:`recognition`.
     fill : str
         See :func:`recognition`.
-    maps : Mapping[tuple[str, str], Tensor or Callable[[], Tensor]] or None
+    maps : Mapping[tuple[str, str], Any] | None
         Maps that are there already, by (source, method): those of the models are not computed again; those of other
         sources (a consensus, a control) are added if their method is among ``methods`` or is ``"control"``.
     complement : bool
@@ -198,7 +197,7 @@ def transfer_table(
     if not methods:
         raise HarmonizeError("methods is empty: give at least one, such as 'saliency'")
     given = maps or {}
-    wanted: dict[Key, Callable[[], Tensor]] = {
+    wanted: dict[tuple[str, str], Callable[[], Tensor]] = {
         key: partial(given.__getitem__, key) for key in given if key[1] in (*methods, FLOOR[1])
     }
     for method in methods:
@@ -432,7 +431,7 @@ def _explain(network: nn.Module, dataset: Dataset, method: str, seed: int, batch
     return explain(network, dataset.images, dataset.labels, method, generator=generator, batch_size=batch_size).maps
 
 
-def _scores(maps: Any, key: Key, images: Tensor) -> Tensor:
+def _scores(maps: Any, key: tuple[str, str], images: Tensor) -> Tensor:
     scores = maps
     while not isinstance(scores, Tensor):
         scores = scores()
@@ -457,7 +456,7 @@ def _softmax(name: str, network: nn.Module, images: Tensor, classes: int) -> Ten
 
 
 def _long(
-    keys: Sequence[Key],
+    keys: Sequence[tuple[str, str]],
     fractions: Sequence[float],
     sides: Sequence[bool],
     targets: Sequence[str],
@@ -471,10 +470,10 @@ def _long(
         column = np.asarray(values).reshape([-1 if i == axis else 1 for i in range(5)])
         return np.broadcast_to(column, correct.shape).ravel()
 
-    def category(values: Sequence[str], names: Sequence[str], axis: int) -> pd.Categorical:
+    def category(values: Sequence[str], names: Sequence[str], axis: int) -> pd.Categorical[Any]:
         place = {name: i for i, name in enumerate(names)}
         codes = spread([place[value] for value in values], axis).astype(np.int32)
-        return pd.Categorical.from_codes(codes, categories=list(names))
+        return pd.Categorical.from_codes(codes, categories=pd.Index(names))
 
     sources, methods = zip(*keys, strict=True)
     models = list(dict.fromkeys([*sources, *targets]))
@@ -518,7 +517,7 @@ def _relative(
 
 
 def _matrix(table: pd.DataFrame, value: str) -> tuple[pd.DataFrame, NDArray[np.float64]]:
-    """Cells of the table and their values, (images, cells)."""
+    """Cells of the table and their values, (images, cells), images sorted by id."""
     if value not in ("probability", "correct"):
         raise unknown("value", value, ("probability", "correct"))
     lacking = [name for name in ("source", "target", "method", "image", value) if name not in table]
@@ -528,11 +527,12 @@ def _matrix(table: pd.DataFrame, value: str) -> tuple[pd.DataFrame, NDArray[np.f
     by = [name for name in CELL if name in kept]
     groups = kept.groupby(by, observed=True)
     cells = groups.size().reset_index()[by].astype(dict.fromkeys(CELL[:3], object))
-    image, names = pd.factorize(kept["image"])
-    values = np.full((len(names), len(cells)), np.nan)
-    values[image, groups.ngroup()] = kept[value]
+    image = kept["image"].astype("category").cat.remove_unused_categories().cat
+    place = np.argsort(np.argsort(image.categories.astype(str)))
+    values = np.full((len(place), len(cells)), np.nan)
+    values[place[image.codes], groups.ngroup()] = kept[value]
     if not len(kept) or len(kept) != values.size or np.isnan(values).any():
         raise HarmonizeError(
-            f"{len(kept)} rows for {len(cells)} cells x {len(names)} images: each cell needs all, once"
+            f"{len(kept)} rows for {len(cells)} cells x {len(place)} images: each cell needs all, once"
         )
     return cells, values
