@@ -6,12 +6,13 @@ import io
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -211,3 +212,154 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return result.stdout.strip()
+
+
+def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[str], width: float = 1.05) -> Figure:
+    """A grid of images and maps.
+
+    Parameters
+    ----------
+    rows : Sequence[Sequence[tuple[Tensor, str]]]
+        Per row, panels with their titles: uint8 (C, H, W) images, float (H, W) maps, bool (H, W) masks.
+    row_labels : Sequence[str]
+        Left of each row.
+    width : float
+        Inches per panel.
+
+    Returns
+    -------
+    Figure
+        The figure.
+    """
+    columns = max(len(row) for row in rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(width * columns + 0.5, (width + 0.12) * len(rows)), squeeze=False)
+    for line, row, name in zip(axes, rows, row_labels, strict=True):
+        for ax in line[len(row) :]:
+            ax.set_visible(False)
+        for ax, (panel, title) in zip(line, row, strict=False):
+            if panel.ndim == 3:
+                show_image(ax, panel, title)
+            elif panel.dtype == torch.bool:
+                show_image(ax, panel[None].byte() * 255, title)
+            else:
+                show_map(ax, panel, title)
+        line[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+    return figure
+
+
+def matrix(
+    ax: Axes,
+    table: pd.DataFrame,
+    index: str,
+    columns: str,
+    values: str,
+    title: str,
+    limits: tuple[float, float] = (0, 1),
+    cmap: str = "viridis",
+    bar: str = "",
+) -> None:
+    """A heat map with its numbers written in.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where.
+    table : pd.DataFrame
+        One row per cell.
+    index : str
+        Column whose values are the rows, in order of appearance.
+    columns : str
+        Column whose values are the columns, in order of appearance.
+    values : str
+        Column of the numbers.
+    title : str
+        What it shows.
+    limits : tuple[float, float]
+        Range of the colors.
+    cmap : str
+        Color map.
+    bar : str
+        Label of the color bar; empty draws none.
+    """
+    grid = table.pivot_table(index=index, columns=columns, values=values, observed=True)
+    grid = grid.reindex(index=list(dict.fromkeys(table[index])), columns=list(dict.fromkeys(table[columns])))
+    grid.index, grid.columns = [label(str(name)) for name in grid.index], [label(str(name)) for name in grid.columns]
+    low, high = limits
+    sns.heatmap(
+        grid,
+        ax=ax,
+        annot=True,
+        fmt=".2f",
+        annot_kws={"fontsize": 6.5},
+        vmin=low,
+        vmax=high,
+        cmap=cmap,
+        cbar=bool(bar),
+        cbar_kws={"label": bar} if bar else None,
+        linewidths=0.5,
+    )
+    ax.set(title=title, xlabel=columns, ylabel=index)
+    ax.tick_params(axis="x", rotation=40)
+    ax.tick_params(axis="y", rotation=0)
+    for text in ax.get_xticklabels():
+        text.set_ha("right")
+
+
+def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls: Sequence[str] = ()) -> None:
+    """Lines with bands: mean, low and high over x, one line per hue; controls are gray and dashed.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where.
+    table : pd.DataFrame
+        Columns ``x``, ``hue``, ``mean``, ``low``, ``high``.
+    x : str
+        Column on the horizontal axis.
+    hue : str
+        Column that tells the lines apart.
+    title : str
+        What it shows.
+    controls : Sequence[str]
+        Values of ``hue`` that are floors or ceilings.
+    """
+    names = list(dict.fromkeys(table[hue]))
+    solid = [name for name in names if name not in controls]
+    colors = dict(zip(solid, sns.color_palette("colorblind", len(solid)), strict=True))
+    dashes = dict(zip(controls, ("--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1))), strict=False))
+    for name in names:
+        part = table[table[hue] == name].sort_values(x)
+        color = colors.get(name, "0.35")
+        ax.plot(part[x], part["mean"], color=color, ls=dashes.get(name, "-"), lw=1.3, marker=".", ms=4, label=label(str(name)))
+        ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.15, lw=0)
+    ax.set(title=title, xlabel=x)
+
+
+def forest(ax: Axes, table: pd.DataFrame, y: str, title: str, xlabel: str, hue: str | None = None) -> None:
+    """Estimates with their intervals, one line per row, and a line at zero.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where.
+    table : pd.DataFrame
+        Columns ``y``, ``mean``, ``low``, ``high`` and, if given, ``hue``.
+    y : str
+        Column on the vertical axis, in order of appearance from the top.
+    title : str
+        What it shows.
+    xlabel : str
+        Unit of the estimates.
+    hue : str or None
+        Column that tells groups apart.
+    """
+    names = list(dict.fromkeys(table[y]))
+    groups = list(dict.fromkeys(table[hue])) if hue else [None]
+    for shift, (group, color) in enumerate(zip(groups, sns.color_palette("colorblind", len(groups)), strict=True)):
+        part = table if group is None else table[table[hue] == group]
+        place = np.array([names.index(name) for name in part[y]]) + 0.7 * ((shift + 0.5) / len(groups) - 0.5)
+        error = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
+        ax.errorbar(part["mean"], place, xerr=error, fmt="o", ms=3.5, lw=1.2, color=color, label=None if group is None else label(str(group)))
+    ax.axvline(0, color="0.3", lw=0.8)
+    ax.set(title=title, xlabel=xlabel, yticks=range(len(names)), yticklabels=[label(str(name)) for name in names])
+    ax.invert_yaxis()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from harmonize_lib.errors import HarmonizeError
@@ -217,3 +219,32 @@ def _blocks(rows: int, columns: int) -> list[int]:
     """Split ``rows`` into pieces of at most ``_BLOCK`` entries each, to bound memory."""
     step = max(1, _BLOCK // columns)
     return [min(step, rows - start) for start in range(0, rows, step)]
+
+
+def summarize(table: pd.DataFrame, by: Sequence[str], value: str, seed: int, unit: str = "image") -> pd.DataFrame:
+    """Mean and interval of a per-sample table, group by group; the sample is the image.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Long table with one row per image and whatever else varies.
+    by : Sequence[str]
+        Columns that make the groups; within a group, rows of one image are averaged first.
+    value : str
+        Column of numbers; NaN is left out.
+    seed : int
+        Seed of the bootstrap, the same for every group: groups of the same images share their resamples.
+    unit : str
+        Column that names the image.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``by``, ``mean``, ``low``, ``high``, ``n``.
+    """
+    per_unit = table.groupby([*by, unit], observed=True, sort=True)[value].mean()
+    rows = []
+    for group, values in per_unit.groupby(level=list(range(len(by))), observed=True, sort=False):
+        names = group if isinstance(group, tuple) else (group,)
+        rows.append((*names, *bootstrap_interval(values.to_numpy(float), seed)[:4]))
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from tqdm import tqdm
 from harmonize_lib import parameters, paths, plots
 from harmonize_lib.attribution import METHODS, explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
-from harmonize_lib.models import Model, list_models, load_model
+from harmonize_lib.errors import unknown
+from harmonize_lib.models import Model, list_models, load_model, manifest
+from harmonize_lib.statistics import bootstrap_interval
 from harmonize_lib.storage import remember, sha256_tensors
+from harmonize_lib.train import predict
+from harmonize_lib.transfer import TRANSFER_SCHEMA, long_table, recognize
 
 CHUNK = 50  # images per stored shard
-REFERENCES = 64
+RECOGNITION_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     settings = parameters.check(notebook, values)
     for method in settings.methods:
         if method not in METHODS:
-            raise parameters.unknown("method", method, METHODS)
+            raise unknown("method", method, METHODS)
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
@@ -123,9 +128,6 @@ def attributions(model: Model, dataset: Dataset, method: str, seed: int = 0, **o
         ``maps`` (N, H, W), ``logit``, ``probability``, ``gap`` (relative completeness gap, NaN where the method
         promises none), ``steps`` and ``seconds`` (each image's share), all (N).
     """
-    references = None
-    if method == "expected_gradients":
-        references = load_dataset("shapes-on-scenes", "train", REFERENCES).images
     parts = []
     for index in torch.arange(len(dataset)).split(CHUNK):
         images, targets = dataset.images[index], dataset.labels[index]
@@ -135,9 +137,230 @@ def attributions(model: Model, dataset: Dataset, method: str, seed: int = 0, **o
             "method": method,
             "version": METHODS[method].version,
             "options": options,
-            "references": None if references is None else sha256_tensors({"images": references}),
             "seed": seed,
         }
-        extra = {} if references is None else {"references": references}
-        parts.append(remember("attribution", key, lambda i=images, t=targets, e=extra: _explain(model, i, t, method, seed, options | e)))
+        parts.append(remember("attribution", key, partial(_explain, model, images, targets, method, seed, options)))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _explain(
+    model: Model, images: Tensor, targets: Tensor, method: str, seed: int, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    result = explain(model, images, targets, method, generator, **options)
+    n = len(images)
+    nothing = torch.full((n,), float("nan"))
+    relative = result.record["relative_gap"]
+    steps = result.record["steps"]
+    return {
+        "maps": result.maps,
+        "logit": result.logit.cpu(),
+        "probability": result.probability.cpu(),
+        "gap": nothing if relative is None else torch.tensor(relative),
+        "steps": nothing if steps is None else torch.as_tensor(steps, dtype=torch.float32).expand(n).clone(),
+        "seconds": torch.full((n,), result.record["seconds"] / n),
+    }
+
+
+def all_maps(
+    models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0
+) -> dict[tuple[str, str], Tensor]:
+    """Maps of every model by every method that is defined for it.
+
+    Parameters
+    ----------
+    models : Mapping[str, Model]
+        Models by name.
+    dataset : Dataset
+        N images.
+    methods : Iterable[str]
+        Attribution methods; those a model refuses are left out for that model.
+    seed : int
+        Seed of the methods' randomness.
+
+    Returns
+    -------
+    dict[tuple[str, str], Tensor]
+        (model, method) to maps (N, H, W).
+    """
+    jobs = [(name, method) for name in models for method in methods if refusal(models[name], method) is None]
+    maps = {}
+    for name, method in tqdm(jobs, desc="attributions", mininterval=1):
+        maps[name, method] = attributions(models[name], dataset, method, seed)["maps"]
+    return maps
+
+
+def recognition_table(
+    run: Run,
+    maps: Mapping[tuple[str, str], Tensor],
+    targets: Mapping[str, Model],
+    fractions: Sequence[float],
+    complement: bool = False,
+    dataset: Dataset | None = None,
+) -> pd.DataFrame:
+    """Show features to models, as ``transfer.recognition`` does, keeping what was computed in the store.
+
+    Parameters
+    ----------
+    run : Run
+        Gives patch, fill, seed and images.
+    maps : Mapping[tuple[str, str], Tensor]
+        (source, method) to maps (N, H, W).
+    targets : Mapping[str, Model]
+        The models that look.
+    fractions : Sequence[float]
+        Shares of the patches.
+    complement : bool
+        Show the non-feature images instead of the feature images.
+    dataset : Dataset or None
+        Other images with the same labels; None takes the run's.
+
+    Returns
+    -------
+    pd.DataFrame
+        ``transfer.TRANSFER_SCHEMA``.
+    """
+    settings, dataset = run.settings, dataset or run.dataset
+    images = sha256_tensors({"images": dataset.images, "labels": dataset.labels})
+    tables = []
+    for (source, method), values in tqdm(maps.items(), desc="recognition", mininterval=1):
+        for target, model in targets.items():
+            key = {
+                "version": RECOGNITION_VERSION,
+                "weights": model.weights_hash,
+                "images": images,
+                "maps": sha256_tensors({"maps": values}),
+                "fractions": list(fractions),
+                "patch": settings.patch,
+                "fill": settings.fill,
+                "complement": complement,
+                "seed": settings.seed,
+            }
+            arrays = remember(
+                "recognition",
+                key,
+                partial(
+                    recognize, model, dataset, values, fractions, settings.patch, settings.fill, complement, settings.seed
+                ),
+            )
+            tables.append(long_table(source, target, method, fractions, complement, dataset.ids, arrays))
+    return TRANSFER_SCHEMA.validate(pd.concat(tables, ignore_index=True))
+
+
+def controls(run: Run) -> dict[tuple[str, str], Tensor]:
+    """Maps that know nothing of any model: random patches, the center, edges, and the object's exact mask.
+
+    Parameters
+    ----------
+    run : Run
+        Gives images, masks and seed.
+
+    Returns
+    -------
+    dict[tuple[str, str], Tensor]
+        ``(name, "control")`` to maps (N, H, W); the object mask only where masks are known.
+    """
+    model = next(iter(run.models.values()))
+    maps = {
+        (name, "control"): attributions(model, run.dataset, name, run.settings.seed)["maps"]
+        for name in ("random", "center", "edges")
+    }
+    if run.dataset.masks is not None:
+        maps["object_mask", "control"] = run.dataset.masks.float()
+    return maps
+
+
+def save(run: Run, figure: Figure, table: pd.DataFrame, name: str) -> None:
+    """Save a figure of the run with its numbers and provenance.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    figure : Figure
+        The figure.
+    table : pd.DataFrame
+        Its numbers.
+    name : str
+        Its name.
+    """
+    weights = {key: model.weights_hash for key, model in run.models.items()}
+    values = run.settings.model_dump(exclude={"output"})
+    plots.save_figure(figure, table, run.folder, name, values, weights, time.monotonic() - run.started)
+
+
+def predictions(model: Model, images: Tensor) -> Tensor:
+    """Predicted classes, computed once and kept in the store.
+
+    Parameters
+    ----------
+    model : Model
+        The model.
+    images : Tensor
+        (N, C, H, W) uint8.
+
+    Returns
+    -------
+    Tensor
+        (N) int64.
+    """
+    key = {"weights": model.weights_hash, "images": sha256_tensors({"images": images})}
+    return remember("prediction", key, lambda: {"predicted": predict(model, images)})["predicted"]
+
+
+def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.DataFrame:
+    """Test accuracy of every model of the zoo that has one of these architectures.
+
+    Parameters
+    ----------
+    architectures : Sequence[str]
+        E.g. ``["resnet", "vit"]``.
+    n : int
+        Test images.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``model``, ``architecture``, ``task`` (labels and seed), ``mean``, ``low``, ``high``, ``n``.
+    """
+    rows = []
+    for name, entry in tqdm(manifest().items(), desc="accuracy"):
+        if entry["architecture"] in architectures and "commonality" not in entry["labels"]:
+            data = load_dataset("shapes-on-scenes", "test", n, **entry["labels"])
+            correct = predictions(load_model(name), data.images) == data.labels
+            task = name.removeprefix(entry["architecture"] + "-")
+            rows.append((name, entry["architecture"], task, *bootstrap_interval(correct.double().numpy(), seed)[:4]))
+    return pd.DataFrame(rows, columns=["model", "architecture", "task", "mean", "low", "high", "n"])
+
+
+def counterfactual_accuracy(models: Mapping[str, Model], dataset: Dataset, seed: int = 0) -> pd.DataFrame:
+    """How often models still give the label when the object is there, is moved, or is gone.
+
+    Parameters
+    ----------
+    models : Mapping[str, Model]
+        Models by name, trained for objects or for scenes.
+    dataset : Dataset
+        shapes-on-scenes images.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``model``, ``image`` (with object, object moved, without object), ``mean``, ``low``, ``high``, ``n``.
+    """
+    shown = {
+        "with object": dataset.images,
+        "object moved": dataset.extras["moved_object"],
+        "without object": dataset.extras["without_object"],
+    }
+    rows = []
+    for name, model in models.items():
+        truth = dataset.extras["object_labels" if "-obj" in name else "scene_labels"]
+        for kind, images in shown.items():
+            correct = (predictions(model, images) == truth).double().numpy()
+            rows.append((name, kind, *bootstrap_interval(correct, seed)[:4]))
+    return pd.DataFrame(rows, columns=["model", "image", "mean", "low", "high", "n"])

@@ -27,7 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mobilenet": {"learning_rate": 4e-3, "bf16": False},
     "convnext": {"learning_rate": 4e-3, "bf16": True},
     "vit": {"learning_rate": 2e-3, "bf16": False, "batch_size": 64, "epochs": 10, "muon": 0.02},
-    "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 6, "muon": 0.02},
+    "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},
     "mobilevit": {"learning_rate": 3e-3, "bf16": False},
 }
 COMMON = {"train_images": 12_000, "epochs": 6, "batch_size": 128, "weight_decay": 0.05}

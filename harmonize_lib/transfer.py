@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.features import feature_image, feature_mask, patch_scores, top_count
 
 FLOOR = ("random", "control")
+CONTROLS = ("center", "edges")
 FAMILIES = ("cnn", "transformer")
 CELL = ["source", "target", "method", "fraction"]
 
@@ -167,7 +169,8 @@ def transfer_table(
     dataset : Dataset
         N images with labels; the label is what is explained and looked for.
     methods : Sequence[str]
-        Attribution methods, each defined for every model.
+        Attribution methods, each defined for every model. ``"random"``, ``"center"`` and ``"edges"`` do not depend on
+        the model: they become sources of that name with method ``"control"``.
     fractions : Sequence[float]
         See :func:`recognition`.
     patch : int
@@ -200,9 +203,15 @@ def transfer_table(
     wanted: dict[tuple[str, str], Callable[[], Tensor]] = {
         key: partial(given.__getitem__, key) for key in given if key[1] in (*methods, FLOOR[1])
     }
+    networks = _named(models)
     for method in methods:
-        for name, network in _named(models).items():
-            wanted.setdefault((name, method), partial(_explain, network, dataset, method, seed, batch_size))
+        for name, network in networks.items():
+            key = (method, FLOOR[1]) if method in (FLOOR[0], *CONTROLS) else (name, method)
+            if key in wanted or key == FLOOR:
+                continue
+            if (reason := refusal(network, method)) is not None:
+                raise HarmonizeError(f"{method} on {name}: {reason}"[:200])
+            wanted[key] = partial(_explain, network, dataset, method, seed, batch_size)
     return recognition(models, dataset, wanted, fractions, patch, fill, complement, seed, batch_size)
 
 
@@ -425,8 +434,6 @@ def _channel_mean(images: Tensor) -> Tensor:
 
 
 def _explain(network: nn.Module, dataset: Dataset, method: str, seed: int, batch_size: int) -> Tensor:
-    from harmonize_lib.attribution import explain
-
     generator = torch.Generator().manual_seed(seed)
     return explain(network, dataset.images, dataset.labels, method, generator=generator, batch_size=batch_size).maps
 

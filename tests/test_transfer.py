@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harmonize_lib.attribution import explain
 from harmonize_lib.consensus import consensus, list_rules
 from harmonize_lib.data import Dataset
 from harmonize_lib.errors import HarmonizeError
@@ -272,16 +273,16 @@ def test_transfer_table_takes_maps_that_are_there():
 
 
 def test_transfer_table_explains_what_is_not_there():
-    attribution = pytest.importorskip("harmonize_lib.attribution")
     torch.manual_seed(0)
     models = [Model(ARCHITECTURES[a](3), f"{a}-obj", a, ("a", "b", "c")) for a in ("vgg", "vit")]
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     data = Dataset(images, torch.arange(4) % 3, ("a", "b", "c"), None, tuple("wxyz"), "noise")
-    maps = {
-        (model.name, "saliency"): attribution.explain(model, images, data.labels, "saliency").maps for model in models
-    }
-    table = transfer_table(models, data, ["saliency"], [0.1])
+    maps = {(m.name, "saliency"): explain(m, images, data.labels, "saliency").maps for m in models}
+    maps["edges", "control"] = explain(models[0], images, data.labels, "edges").maps
+    table = transfer_table(models, data, ["saliency", "edges", "random"], [0.1])
     pd.testing.assert_frame_equal(table, recognition(models, data, maps, [0.1]))
+    with pytest.raises(HarmonizeError, match="attention_rollout on vgg-obj: "):
+        transfer_table(models, data, ["saliency", "attention_rollout"], [0.1])
 
 
 # statistics of the table
