@@ -1,0 +1,54 @@
+"""Attributions across architectures: extraction, transfer, harmonization and their evaluation."""
+
+from harmonize_lib.agreement import feature_agreement, rank_agreement, sign_agreement, spearman, ssim, topk_iou
+from harmonize_lib.attribution import Attribution, explain, list_methods, refusal
+from harmonize_lib.consensus import consensus, list_rules
+from harmonize_lib.data import Dataset, load_dataset
+from harmonize_lib.errors import HarmonizeError
+from harmonize_lib.faithfulness import area, deletion, insertion, road
+from harmonize_lib.features import feature_image, feature_mask
+from harmonize_lib.localization import average_precision, mask_iou, pointing_game, relevance_mass, relevance_rank
+from harmonize_lib.models import Model, list_models, load_model
+from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference
+from harmonize_lib.transfer import family_advantage, held_out_pool, recognition, relative_transfer, transfer_table
+
+__all__ = [
+    "Attribution",
+    "Dataset",
+    "HarmonizeError",
+    "Interval",
+    "Model",
+    "area",
+    "average_precision",
+    "bootstrap_interval",
+    "consensus",
+    "deletion",
+    "explain",
+    "family_advantage",
+    "feature_agreement",
+    "feature_image",
+    "feature_mask",
+    "held_out_pool",
+    "holm",
+    "insertion",
+    "list_methods",
+    "list_models",
+    "list_rules",
+    "load_dataset",
+    "load_model",
+    "mask_iou",
+    "paired_difference",
+    "pointing_game",
+    "rank_agreement",
+    "recognition",
+    "refusal",
+    "relative_transfer",
+    "relevance_mass",
+    "relevance_rank",
+    "road",
+    "sign_agreement",
+    "spearman",
+    "ssim",
+    "topk_iou",
+    "transfer_table",
+]

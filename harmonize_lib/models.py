@@ -397,7 +397,7 @@ def _load_timm(spec: str, rest: str, weights: str | Path | None) -> Model:
     info = ImageNetInfo()
     names = [info.index_to_description(i) for i in range(1000)] if classes == 1000 else map(str, range(classes))
     size = (int(config["input_size"][1]), int(config["input_size"][2]))
-    return Model(network, spec.partition("?")[0], tag, tuple(names), mean, std, size)
+    return Model(network, spec.partition("?")[0], tag.partition(".")[0], tuple(names), mean, std, size)
 
 
 def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from harmonize_lib import parameters, paths, plots
 from harmonize_lib.attribution import METHODS, explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import unknown
+from harmonize_lib.features import feature_image
 from harmonize_lib.models import Model, list_models, load_model, manifest
 from harmonize_lib.statistics import bootstrap_interval
 from harmonize_lib.storage import remember, sha256_tensors
@@ -222,29 +224,76 @@ def recognition_table(
     """
     settings, dataset = run.settings, dataset or run.dataset
     images = sha256_tensors({"images": dataset.images, "labels": dataset.labels})
-    tables = []
-    for (source, method), values in tqdm(maps.items(), desc="recognition", mininterval=1):
-        for target, model in targets.items():
-            key = {
-                "version": RECOGNITION_VERSION,
-                "weights": model.weights_hash,
-                "images": images,
-                "maps": sha256_tensors({"maps": values}),
-                "fractions": list(fractions),
-                "patch": settings.patch,
-                "fill": settings.fill,
-                "complement": complement,
-                "seed": settings.seed,
-            }
-            arrays = remember(
+    fixed = {
+        "version": RECOGNITION_VERSION,
+        "images": images,
+        "fractions": list(fractions),
+        "patch": settings.patch,
+        "fill": getattr(settings, "fill", "mean"),
+        "complement": complement,
+        "seed": settings.seed,
+    }
+    correct, probability = [], []
+    for values in tqdm(maps.values(), desc="recognition", mininterval=1):
+        key = fixed | {"maps": sha256_tensors({"maps": values})}
+        parts = [
+            remember(
                 "recognition",
-                key,
-                partial(
-                    recognize, model, dataset, values, fractions, settings.patch, settings.fill, complement, settings.seed
-                ),
+                key | {"weights": model.weights_hash},
+                partial(_recognize, model, dataset, values, fractions, settings.patch, key["fill"], complement, settings.seed),
             )
-            tables.append(long_table(source, target, method, fractions, complement, dataset.ids, arrays))
-    return TRANSFER_SCHEMA.validate(pd.concat(tables, ignore_index=True))
+            for model in targets.values()
+        ]
+        correct.append(torch.stack([part["correct"] for part in parts], 2).numpy())
+        probability.append(torch.stack([part["probability"] for part in parts], 2).numpy())
+    table = long_table(
+        list(maps), fractions, [complement], list(targets), dataset.ids, np.stack(correct), np.stack(probability)
+    )
+    return TRANSFER_SCHEMA.validate(table)
+
+
+def _recognize(
+    model: Model,
+    dataset: Dataset,
+    maps: Tensor,
+    fractions: Sequence[float],
+    patch: int,
+    fill: str,
+    complement: bool,
+    seed: int,
+) -> dict[str, Tensor]:
+    correct, probability = recognize({"": model}, dataset, maps, fractions, patch, fill, [complement], seed)
+    return {"correct": torch.from_numpy(correct[:, :, 0]), "probability": torch.from_numpy(probability[:, :, 0])}
+
+
+def masked_accuracy(run: Run) -> pd.DataFrame:
+    """What models see of the object alone, everything else filled with the data's mean color.
+
+    Parameters
+    ----------
+    run : Run
+        The run; its data set has masks.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``source`` (``object_alone``), ``target``, ``image``, ``correct``.
+    """
+    data = run.dataset
+    mean = torch.stack([channel.double().mean() for channel in data.images.unbind(1)]).float()
+    images = feature_image(data.images, data.masks, "mean", mean)
+    parts = [
+        pd.DataFrame(
+            {
+                "source": "object_alone",
+                "target": name,
+                "image": data.ids,
+                "correct": (predictions(model, images) == data.labels).numpy(),
+            }
+        )
+        for name, model in run.models.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def controls(run: Run) -> dict[tuple[str, str], Tensor]:

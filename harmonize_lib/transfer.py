@@ -128,24 +128,72 @@ def recognition(
     given = list(maps)
     keys = given if FLOOR in given else [*given, FLOOR]
     sides = (False, True) if complement else (False,)
-    shape = (len(keys), len(fractions), len(sides), len(networks), len(dataset.labels))
+    parts = [
+        recognize(
+            networks, dataset, _scores(maps[key] if key in given else floor, key, dataset.images),
+            fractions, patch, fill, sides, seed, batch_size,
+        )
+        for key in keys
+    ]
+    correct, probability = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+    table = long_table(keys, fractions, sides, list(networks), dataset.ids, correct, probability)
+    return TRANSFER_SCHEMA.validate(table)
+
+
+def recognize(
+    models: Mapping[str, nn.Module],
+    dataset: Dataset,
+    maps: Tensor,
+    fractions: Sequence[float],
+    patch: int = 4,
+    fill: str = "mean",
+    sides: Sequence[bool] = (False,),
+    seed: int = 0,
+    batch_size: int = 256,
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Show the features of one set of maps to some models.
+
+    Parameters
+    ----------
+    models : Mapping[str, nn.Module]
+        The targets, by name.
+    dataset : Dataset
+        N images with labels.
+    maps : Tensor
+        (N, H, W), finite.
+    fractions : Sequence[float]
+        See :func:`recognition`.
+    patch : int
+        See :func:`recognition`.
+    fill : str
+        See :func:`recognition`.
+    sides : Sequence[bool]
+        False shows the feature image, True the non-feature image.
+    seed : int
+        See :func:`recognition`.
+    batch_size : int
+        Images per forward pass.
+
+    Returns
+    -------
+    tuple[NDArray[np.bool_], NDArray[np.float64]]
+        Correct and probability of the label, each (fractions, sides, models, N).
+    """
+    shape = (len(fractions), len(sides), len(models), len(dataset.labels))
     correct, probability = np.empty(shape, dtype=bool), np.empty(shape)
     mean = _channel_mean(dataset.images)
-    for i, key in enumerate(keys):
-        scores = _scores(maps[key] if key in given else floor, key, dataset.images)
-        for j, fraction in enumerate(fractions):
-            mask = feature_mask(scores, fraction, patch, _generator(seed, 1))
-            for k, side in enumerate(sides):
-                for start in range(0, len(mask), batch_size):
-                    part = slice(start, start + batch_size)
-                    images = feature_image(dataset.images[part], mask[part] ^ side, fill, mean, _generator(seed, 2))
-                    for t, (name, network) in enumerate(networks.items()):
-                        p = _softmax(name, network, images, len(dataset.classes))
-                        label = dataset.labels[part].cpu()
-                        correct[i, j, k, t, part] = p.argmax(1) == label
-                        probability[i, j, k, t, part] = p.gather(1, label[:, None])[:, 0]
-    table = _long(keys, fractions, sides, list(networks), dataset.ids, correct, probability)
-    return TRANSFER_SCHEMA.validate(table)
+    for j, fraction in enumerate(fractions):
+        mask = feature_mask(maps, fraction, patch, _generator(seed, 1))
+        for k, side in enumerate(sides):
+            for start in range(0, len(mask), batch_size):
+                part = slice(start, start + batch_size)
+                images = feature_image(dataset.images[part], mask[part] ^ side, fill, mean, _generator(seed, 2))
+                label = dataset.labels[part].cpu()
+                for t, (name, network) in enumerate(models.items()):
+                    p = _softmax(name, network, images, len(dataset.classes))
+                    correct[j, k, t, part] = p.argmax(1) == label
+                    probability[j, k, t, part] = p.gather(1, label[:, None])[:, 0]
+    return correct, probability
 
 
 def transfer_table(
@@ -462,7 +510,7 @@ def _softmax(name: str, network: nn.Module, images: Tensor, classes: int) -> Ten
     return logits.cpu().double().softmax(1)
 
 
-def _long(
+def long_table(
     keys: Sequence[tuple[str, str]],
     fractions: Sequence[float],
     sides: Sequence[bool],
@@ -471,7 +519,30 @@ def _long(
     correct: NDArray[np.bool_],
     probability: NDArray[np.float64],
 ) -> pd.DataFrame:
-    """Columns of the long table from arrays (key, fraction, side, target, image)."""
+    """Lay out arrays as the long table.
+
+    Parameters
+    ----------
+    keys : Sequence[tuple[str, str]]
+        Source and method of each first index.
+    fractions : Sequence[float]
+        Second index.
+    sides : Sequence[bool]
+        Third index: True is the complement.
+    targets : Sequence[str]
+        Fourth index.
+    ids : Sequence[str]
+        Fifth index: names of the images.
+    correct : NDArray[np.bool_]
+        Values (key, fraction, side, target, image).
+    probability : NDArray[np.float64]
+        Values (key, fraction, side, target, image), in [0, 1].
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns of ``TRANSFER_SCHEMA``.
+    """
 
     def spread(values: Sequence[object], axis: int) -> NDArray[Any]:
         column = np.asarray(values).reshape([-1 if i == axis else 1 for i in range(5)])
