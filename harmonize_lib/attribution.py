@@ -34,7 +34,7 @@ class Attribution:
         (N) the target's logit, which is what is explained.
     probability : Tensor
         (N) the target's softmax probability.
-    completeness_gap : Tensor or None
+    completeness_gap : Tensor | None
         (N) absolute difference, in logits, between the sum of the attributions and what they should sum to; None
         where a method promises no sum.
     record : dict[str, Any]
@@ -62,7 +62,7 @@ class Method:
     ----------
     function : Callable[..., Result]
         Takes a task and its own options by name; their defaults are its signature's.
-    reduction : str or None
+    reduction : str | None
         How channels become one map: ``"sum"`` (signed), ``"magnitude"``, or None where there are no channels.
     completeness : bool
         Attributions sum to a difference of logits, and the gap is recorded.
@@ -96,12 +96,8 @@ METHODS: dict[str, Method] = {
     "input_x_gradient": Method(gradients.input_x_gradient, "sum", completeness=True),
     "smoothgrad": Method(gradients.smoothgrad, "magnitude", stochastic=True),
     "smoothgrad_squared": Method(gradients.smoothgrad_squared, "magnitude", stochastic=True),
-    "guided_backprop": Method(
-        gradients.guided_backprop, "magnitude", defined=gradients.guided_reason, patches=True
-    ),
-    "deeplift": Method(
-        gradients.deeplift, "sum", completeness=True, defined=gradients.deeplift_reason, patches=True
-    ),
+    "guided_backprop": Method(gradients.guided_backprop, "magnitude", defined=gradients.guided_reason, patches=True),
+    "deeplift": Method(gradients.deeplift, "sum", completeness=True, defined=gradients.deeplift_reason, patches=True),
     "integrated_gradients": Method(gradients.integrated_gradients, "sum", completeness=True),
     "integrated_gradients_smoothgrad": Method(
         gradients.integrated_gradients_smoothgrad, "sum", completeness=True, stochastic=True
@@ -123,7 +119,7 @@ def list_methods(model: nn.Module | None = None) -> list[str]:
 
     Parameters
     ----------
-    model : nn.Module or None
+    model : nn.Module | None
         Only those that are defined for this model; None gives all.
 
     Returns
@@ -160,7 +156,8 @@ def refusal(model: nn.Module, method: str) -> str | None:
     if reason is not None or not entry.patches or not hasattr(model, "preprocess"):
         return reason
     size = getattr(model, "input_size", None) or (64, 64)
-    image = torch.rand(1, len(model.mean), *size, generator=torch.Generator().manual_seed(0))
+    channels = len(getattr(model, "mean", torch.empty(3)))
+    image = torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))
     try:
         explain(model, image, torch.zeros(1, dtype=torch.int64), method)
     except HarmonizeError as error:
@@ -193,9 +190,9 @@ def explain(
         (N) int64, the class to explain, 0..K-1.
     method : str
         One of ``list_methods(model)``.
-    generator : torch.Generator or None
+    generator : torch.Generator | None
         Source of all randomness; None is a generator seeded with 0. The global one is never used.
-    batch_size : int or None
+    batch_size : int | None
         Rows in one pass, (image, step) pairs counted; None takes 128. Halved, with a warning, when the GPU's memory
         runs out.
     **options : Any
@@ -236,46 +233,51 @@ def explain(
     with torch.inference_mode(False), torch.enable_grad():
         while start < len(images):
             chosen = slice(start, start + rows)
+            full = False
             try:
-                parts.append(_explain_slice(entry, model, images[chosen], targets[chosen], rows, seed, reduction, options))
+                parts.append(
+                    _explain_slice(entry, model, images[chosen], targets[chosen], rows, seed, reduction, options)
+                )
+                start = chosen.stop
             except torch.OutOfMemoryError:
-                if rows == 1:
-                    raise HarmonizeError("the GPU has too little memory for one image: use device='cpu'") from None
+                full = True
+            if full and rows == 1:
+                raise HarmonizeError("the GPU has too little memory for one image: use device='cpu'")
+            if full:
                 rows //= 2
                 torch.cuda.empty_cache()
                 warnings.warn(f"out of memory: going on with batch_size={rows}", stacklevel=2)
-                continue
-            start = chosen.stop
-    maps, logits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    results = [part[2] for part in parts]
-    _check_output(method, maps, images, allow_zero=bool(options.get("relu")))
-    record: dict[str, Any] = {
-        "method": method,
-        "version": entry.version,
-        "options": {name: _described(value) for name, value in options.items()},
-        "reduction": reduction,
-        "baseline": _described(options.get("baseline")),
-        "quadrature": None,
-        "steps": _together([result.steps for result in results]),
-        "relative_gap": None,
-        "seed": seed if entry.stochastic else None,
-        "explained": "logit",
-        "n": len(maps),
-        "model": getattr(model, "name", type(model).__name__),
-        "device": parts[0][2].attributions.device.type,
-        "batch_size": rows,
-        **results[0].notes,
-    }
-    gap = None
-    if entry.completeness:
-        missing, difference = (
-            torch.cat([getattr(result, name) for result in results]).cpu() for name in ("missing", "difference")
-        )
-        gap = missing.abs()
-        record["relative_gap"] = (gap / difference.abs()).tolist()
-    targets = targets.to(logits.device)
-    record["seconds"] = time.perf_counter() - begin
-    return Attribution(maps, pick(logits, targets), pick(logits.softmax(1), targets), gap, record)
+        maps, logits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        results = [part[2] for part in parts]
+        _check_output(method, maps, images, allow_zero=bool(options.get("relu")))
+        notes = results[0].notes
+        record: dict[str, Any] = {
+            "method": method,
+            "version": entry.version,
+            "options": {name: _described(notes.get(name, value)) for name, value in options.items()},
+            "reduction": reduction,
+            "baseline": _described(options.get("baseline")),
+            "quadrature": None,
+            "steps": _together([result.steps for result in results]),
+            "relative_gap": None,
+            "seed": seed if entry.stochastic else None,
+            "explained": "logit",
+            "n": len(maps),
+            "model": getattr(model, "name", type(model).__name__),
+            "device": parts[0][2].attributions.device.type,
+            "batch_size": rows,
+            **{name: value for name, value in notes.items() if name not in options},
+        }
+        gap = None
+        if entry.completeness:
+            missing, difference = (
+                torch.cat([getattr(result, name) for result in results]).cpu() for name in ("missing", "difference")
+            )
+            gap = missing.abs()
+            record["relative_gap"] = (gap / difference.abs()).tolist()
+        targets = targets.to(logits.device)
+        record["seconds"] = time.perf_counter() - begin
+        return Attribution(maps, pick(logits, targets), pick(logits.softmax(1), targets), gap, record)
 
 
 def _entry(method: str) -> Method:
@@ -300,13 +302,17 @@ def _check_input(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     if any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()):
         raise HarmonizeError("a BatchNorm without running statistics mixes the images of a batch: train it with them")
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
-        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        found = str(tuple(images.shape)) if isinstance(images, Tensor) else type(images).__name__
         raise HarmonizeError(f"images must be a tensor (N, C, H, W) with N of at least 1, not {found}")
     targets = torch.as_tensor(targets)
     if targets.shape != (len(images),) or targets.is_floating_point() or targets.dtype == torch.bool:
         found = f"{targets.dtype} {tuple(targets.shape)}"
         raise HarmonizeError(f"targets must be int64 of shape ({len(images)},), one class per image, not {found}")
-    return targets.to(torch.int64)
+    targets = targets.to(torch.int64)
+    classes = getattr(model, "classes", None)
+    if classes is not None:
+        pick(torch.empty(1, len(classes), device=targets.device), targets)
+    return targets
 
 
 def _explain_slice(
@@ -340,7 +346,9 @@ def _check_output(method: str, maps: Tensor, images: Tensor, allow_zero: bool) -
         raise AssertionError(f"{method} turned images {tuple(images.shape)} into maps {tuple(maps.shape)}")
     wrong = ~maps.isfinite().all(1).all(1)
     if wrong.any():
-        raise HarmonizeError(f"{method} gave NaN or infinite values for images {_some(wrong)}: check the model's weights")
+        raise HarmonizeError(
+            f"{method} gave NaN or infinite values for images {_some(wrong)}: check the model's weights"
+        )
     zero = ~maps.any(1).any(1)
     if zero.any() and not allow_zero:
         line = f"{method} gave a map that is zero everywhere for images {_some(zero)}"

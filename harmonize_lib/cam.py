@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonize_lib.gradients import guided_backprop, guided_reason
+from harmonize_lib.models import Geometry, Model
 from harmonize_lib.tasks import Result, Task, logits_of, pick
 
 UPSAMPLING = "bilinear, align_corners=False"
@@ -42,8 +43,8 @@ def grad_cam(task: Task, *, relu: bool = False) -> Result:
     -----
     Departure: the paper's ReLU is off unless asked for, so that maps are signed.
     """
-    geometry = task.model.geometry
-    layer = task.model.network.get_submodule(geometry.layer)
+    network, geometry = _inside(task)
+    layer = network.get_submodule(geometry.layer)
     seen: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -144,12 +145,12 @@ def attention_rollout(task: Task) -> Result:
     ----------
     Abnar, Zuidema 2020 (arXiv 2005.00928), section 3 (attention rollout).
     """
-    network, geometry = task.model.network, task.model.geometry
+    network, geometry = _inside(task)
     layers: list[Tensor] = []
     with torch.no_grad(), _open_attention(network, layers):
         logits = logits_of(task.model, task.x)
     flow = torch.zeros_like(layers[0][:, :1])
-    if network.global_pool == "token":
+    if getattr(network, "global_pool", None) == "token":
         flow[:, :, 0] = 1
     else:
         flow[:, :, geometry.prefix_tokens :] = 1 / (flow.shape[2] - geometry.prefix_tokens)
@@ -180,8 +181,8 @@ def rollout_reason(model: nn.Module) -> str | None:
     if geometry is None:
         return "attention rollout needs the grid of patches, and this network's geometry is unknown"
     if geometry.layout != "NLC":
-        kind = type(attentions[0]).__name__
-        return f"attention rollout multiplies attention over one fixed set of tokens, and {kind} here sees windows or parts"
+        line = f"{type(attentions[0]).__name__} here sees windows or parts of a feature map"
+        return f"attention rollout needs one set of tokens throughout, and {line}"
     if not all(hasattr(module, "fused_attn") and hasattr(module, "attn_drop") for module in attentions):
         return f"attention rollout cannot read the attention of {type(attentions[0]).__name__}"
     pool = getattr(model.network, "global_pool", None)
@@ -194,10 +195,16 @@ def _is_attention(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__ and "Pool" not in type(module).__name__
 
 
+def _inside(task: Task) -> tuple[nn.Module, Geometry]:
+    """The bare network and its geometry."""
+    model = cast(Model, task.model)
+    return model.network, cast(Geometry, model.geometry)
+
+
 @contextmanager
 def _open_attention(network: nn.Module, layers: list[Tensor]) -> Iterator[None]:
     """Collect each layer's attention (n, T, T), averaged over heads; fused kernels are off meanwhile."""
-    modules = [module for module in network.modules() if _is_attention(module)]
+    modules: list[Any] = [module for module in network.modules() if _is_attention(module)]
     fused = [module.fused_attn for module in modules]
     handles = [
         module.attn_drop.register_forward_pre_hook(lambda _, args: layers.append(args[0].mean(1))) for module in modules

@@ -170,3 +170,23 @@ def merge_claims(figures: Path) -> pd.DataFrame:
     table.to_csv(buffer, index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
     write_atomic(figures / "claims.csv", buffer.getvalue())
     return table
+
+
+def in_words(ledger: pd.DataFrame) -> str:
+    """Say a notebook's part of the ledger as a list.
+
+    Parameters
+    ----------
+    ledger : pd.DataFrame
+        From :func:`write_claims`.
+
+    Returns
+    -------
+    str
+        Markdown, one line per claim.
+    """
+    return "\n".join(
+        f"- **{row.verdict}**: {row.reported}. Measured: {row.measured}, {row.estimate} [{row.low}, {row.high}], "
+        f"n = {row.n}. Criterion: {row.criterion}."
+        for row in ledger.itertuples()
+    )

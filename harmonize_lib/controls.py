@@ -80,5 +80,3 @@ def edges(task: Task) -> Result:
     slope = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
     sobel = torch.stack([slope, slope.T])[:, None]
     return Result(F.conv2d(F.pad(light, (1, 1, 1, 1), mode="replicate"), sobel).square().sum(1))
-
-

@@ -192,6 +192,22 @@ def feature_image(
     return torch.where(mask[:, None], images, filled.to(images.dtype))
 
 
+def mean_color(images: Tensor) -> Tensor:
+    """Mean color of a data set, for the fill ``"mean"``.
+
+    Parameters
+    ----------
+    images : Tensor
+        (N, C, H, W), all images of the set.
+
+    Returns
+    -------
+    Tensor
+        (C) float32 in the units of the images.
+    """
+    return torch.stack([channel.double().mean() for channel in images.unbind(1)]).float()
+
+
 def blur(images: Tensor) -> Tensor:
     """Blur images as the insertion metric does: Gaussian, 11 pixels wide, sigma 5.
 

@@ -29,16 +29,15 @@ from harmonize_lib.tasks import (
 )
 
 RULES = ("gausslegendre", "trapezoid", "riemann_left", "riemann_midpoint", "riemann_right")
-ELEMENTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
+ACTIVATIONS = (
+    "ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid Tanh Hardtanh Hardswish Hardsigmoid"
 )
-PATCHED = (*ELEMENTWISE, nn.MaxPool2d)
-AFFINE = (
-    *(nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Flatten),
-    *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d, nn.ZeroPad2d, nn.Upsample, nn.Unflatten),
-    *(FastAdaptiveAvgPool, DropPath),
+LINEAR = (
+    "Conv1d Conv2d ConvTranspose2d Linear BatchNorm1d BatchNorm2d AvgPool2d AdaptiveAvgPool2d Upsample ZeroPad2d "
+    "Identity Flatten Unflatten Dropout Dropout2d"
 )
+PATCHED = (*(getattr(nn, name) for name in ACTIVATIONS.split()), nn.MaxPool2d)
+AFFINE = (*(getattr(nn, name) for name in LINEAR.split()), FastAdaptiveAvgPool, DropPath)
 NONLINEAR = re.compile("elu|silu|swish|mish|sigmoid|tanh|softmax|softplus|scaleddot|clamp|threshold|^erf$|^exp$")
 NEAR = 1e-6  # below this difference of inputs DeepLIFT's ratio is the gradient
 COMPLETENESS = 1e-3  # relative gap above which DeepLIFT met an operation it has no rule for
@@ -165,14 +164,14 @@ def integrated_gradients(
     ----------
     task : Task
         The images.
-    baseline : str or Tensor
+    baseline : str | Tensor
         See :func:`harmonize_lib.tasks.resolve_baseline`.
     steps : int
         Gradients per image to begin with, at least 1.
     rule : str
         Quadrature: ``"gausslegendre"``, ``"trapezoid"`` (both ends included), ``"riemann_left"``,
         ``"riemann_midpoint"``, ``"riemann_right"``.
-    tolerance : float or None
+    tolerance : float | None
         Images whose completeness gap exceeds this share of \\|f(x) - f(baseline)\\| get twice the steps, again and
         again; None keeps ``steps``.
     max_steps : int
@@ -226,7 +225,7 @@ def integrated_gradients_smoothgrad(
     ----------
     task : Task
         The images.
-    baseline : str or Tensor
+    baseline : str | Tensor
         See :func:`harmonize_lib.tasks.resolve_baseline`; taken from the clean image.
     steps : int
         Gradients per noisy copy, at least 1.
@@ -279,9 +278,9 @@ def expected_gradients(task: Task, *, references: Tensor | None = None, samples:
     ----------
     task : Task
         The images.
-    references : Tensor or None
+    references : Tensor | None
         (R, C, H, W) images like the input images, from the training set. None takes one image of each of the 100
-        (object, scene) pairs of shapes-on-scenes' training set, for uint8 images of its shape only.
+        (object, scene) pairs of shapes-on-scenes' training set, for a ``Model`` and images of its shape only.
     samples : int
         Pairs (reference, position on the path) per image, at least 1.
 
@@ -306,10 +305,12 @@ def expected_gradients(task: Task, *, references: Tensor | None = None, samples:
     """
     check_numbers(1, samples=samples)
     shape = tuple(task.x.shape[1:])
+    notes = {"baseline": "references", "quadrature": "stratified Monte Carlo"}
     if references is None:
         if shape != (3, shapes.SIZE, shapes.SIZE) or not hasattr(task.model, "preprocess"):
             raise HarmonizeError("expected_gradients needs images to compare with: pass references=training images")
         references = _default_references()
+        notes["references"] = f"shapes-on-scenes, train, seed 0, first {len(references)}"
     if references.ndim != 4 or references.shape[1:] != task.images.shape[1:] or len(references) == 0:
         raise HarmonizeError(f"references must be images (R, {str(shape)[1:-1]}), not {tuple(references.shape)}")
     generator = task.generator()
@@ -331,7 +332,6 @@ def expected_gradients(task: Task, *, references: Tensor | None = None, samples:
         )
     difference = pick(logits, task.targets) - pick(empty.mean(0, keepdim=True), task.targets)
     taken = torch.full_like(task.targets, samples)
-    notes = {"baseline": "references", "quadrature": "stratified Monte Carlo", "references": len(references)}
     return Result(attributions, logits, _total(attributions) - difference, difference, taken, notes)
 
 
@@ -406,7 +406,7 @@ def deeplift(task: Task, *, baseline: str | Tensor = "mean") -> Result:
     ----------
     task : Task
         The images.
-    baseline : str or Tensor
+    baseline : str | Tensor
         See :func:`harmonize_lib.tasks.resolve_baseline`.
 
     Returns
@@ -430,12 +430,17 @@ def deeplift(task: Task, *, baseline: str | Tensor = "mean") -> Result:
     """
     start = resolve_baseline(task, baseline)
     before: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad(), _hooks(
-        task.model, PATCHED, lambda module, args, output: before.append((args[0].clone(), output.clone()))
-    ):
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        before.append((args[0].clone(), output.clone()))
+
+    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return _rescale(module, args[0], output, *next(queue))
+
+    with torch.no_grad(), _hooks(task.model, PATCHED, keep):
         empty = logits_of(task.model, start)
     queue = iter(before)
-    with _hooks(task.model, PATCHED, lambda module, args, output: _rescale(module, args[0], output, *next(queue))):
+    with _hooks(task.model, PATCHED, replace):
         slope, logits = gradient(task.model, task.x, task.targets)
     attributions = (task.x - start) * slope
     difference = pick(logits, task.targets) - pick(empty, task.targets)
@@ -463,7 +468,9 @@ def deeplift_reason(model: nn.Module) -> str | None:
     """
     for module in model.modules():
         if getattr(module, "inplace", False):
-            return f"DeepLIFT reads the input of {type(module).__name__}, which works in place: wrap the network in Model"
+            return (
+                f"DeepLIFT reads the input of {type(module).__name__}, which works in place: wrap the network in Model"
+            )
         if next(module.children(), None) is None and not isinstance(module, (*PATCHED, *AFFINE, nn.Sequential)):
             kinds = "affine layers, elementwise activations and max pooling"
             return f"DeepLIFT has rules for {kinds}, none for {type(module).__name__}"
@@ -494,8 +501,8 @@ def quadrature(rule: str, steps: int) -> tuple[Tensor, Tensor]:
     if rule not in RULES:
         raise unknown("rule", rule, RULES)
     if rule == "gausslegendre":
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
-        return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+        nodes, halves = np.polynomial.legendre.leggauss(steps)
+        return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(halves / 2)
     index = torch.arange(steps, dtype=torch.float64)
     if rule == "trapezoid":
         check_numbers(2, steps=steps)
@@ -605,7 +612,7 @@ def _rescale(module: nn.Module, x: Tensor, y: Tensor, x0: Tensor, y0: Tensor) ->
 
 def _rescale_max_pool(module: nn.MaxPool2d, x: Tensor, x0: Tensor) -> Tensor:
     """Of the difference y - y0, the part above y0 goes to the image's maximum, the part below to the baseline's."""
-    window = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+    window: tuple[Any, ...] = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
     flat, flat0 = x.flatten(2), x0.expand_as(x).flatten(2)
     with torch.no_grad():
         pooled, place = F.max_pool2d_with_indices(x, *window)

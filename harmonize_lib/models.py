@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
-import math
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     ),
     "vgg": _vgg,
     "mobilenet": _timm("mobilenetv2_035", output_stride=16),
-    "convnext": _timm("convnext_atto", depths=(1, 2, 2, 1), dims=(24, 48, 72, 96), output_stride=8, kernel_sizes=5),
+    "convnext": _timm("convnext_atto", depths=(1, 2, 2, 1), dims=(24, 48, 72, 96), output_stride=8, kernel_sizes=5, ls_init_value=None),
     "vit": _timm(
         "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2
     ),
@@ -412,3 +413,32 @@ def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:
         _fill(network, _read_weights(Path(weights)), Path(weights))
     given = {key: getattr(network, key) for key in ("mean", "std", "input_size") if hasattr(network, key)}
     return Model(network, spec, rest, tuple(network.classes), **given)
+
+
+def shuffled(model: Model, seed: int) -> Model:
+    """The same architecture without what it learned: each weight tensor's entries in random order.
+
+    Parameters
+    ----------
+    model : Model
+        Left as it is.
+    seed : int
+        Seed of the order.
+
+    Returns
+    -------
+    Model
+        A copy whose parameters keep their distributions and lose their meaning; BatchNorm statistics stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            flat = parameter.flatten()
+            order = torch.randperm(len(flat), generator=generator).to(flat.device)
+            parameter.copy_(flat[order].view_as(parameter))
+    other = copy.copy(model)
+    other._modules = dict(model._modules, network=network)
+    other.name = f"{model.name}-shuffled"
+    other.weights_hash = sha256_tensors(network.state_dict())
+    return other

@@ -21,11 +21,11 @@ def occlusion(
     ----------
     task : Task
         The images.
-    patch : int or None
+    patch : int | None
         Side of the window in pixels; None takes an eighth of the image's shorter side.
-    stride : int or None
+    stride : int | None
         Pixels between windows, at most ``patch``; None takes half of it.
-    baseline : str or Tensor
+    baseline : str | Tensor
         What is put in the window: see :func:`harmonize_lib.tasks.resolve_baseline`.
 
     Returns
@@ -86,7 +86,7 @@ def rise(
         Chance of a cell to be kept, between 0 and 1.
     score : str
         ``"probability"`` (the paper) or ``"logit"`` of the target.
-    baseline : str or Tensor
+    baseline : str | Tensor
         What shows where the mask hides: see :func:`harmonize_lib.tasks.resolve_baseline`.
 
     Returns
@@ -138,7 +138,7 @@ def _windows(height: int, width: int, patch: int, stride: int) -> Tensor:
 
 
 def _random_masks(task: Task, masks: int, cells: int, p: float) -> Tensor:
-    """(masks, H, W) in [0, 1]: random grids, upsampled (bilinear) to one cell more than the image, cropped at random."""
+    """(masks, H, W) in [0, 1]: random grids, upsampled to one cell more than the image, cropped at random."""
     height, width = task.x.shape[2:]
     cell = math.ceil(height / cells), math.ceil(width / cells)
     generator = task.generator()

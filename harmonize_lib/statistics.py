@@ -248,3 +248,41 @@ def summarize(table: pd.DataFrame, by: Sequence[str], value: str, seed: int, uni
         names = group if isinstance(group, tuple) else (group,)
         rows.append((*names, *bootstrap_interval(values.to_numpy(float), seed)[:4]))
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+
+
+def ratio_interval(
+    numerator: ArrayLike, denominator: ArrayLike, seed: int, level: float = 0.95, n_resamples: int = 2000
+) -> Interval:
+    """Ratio of two means over the same samples, with a percentile bootstrap interval.
+
+    Parameters
+    ----------
+    numerator : ArrayLike
+        (N) numbers; a pair with a NaN on either side is left out.
+    denominator : ArrayLike
+        (N) numbers of the same samples.
+    seed : int
+        Seed of the resampling.
+    level : float
+        Coverage of the interval, in (0, 1).
+    n_resamples : int
+        Bootstrap resamples.
+
+    Returns
+    -------
+    Interval
+        mean(numerator) / mean(denominator); NaN with n = 0 where nothing is left or the mean of the denominator is 0.
+
+    References
+    ----------
+    Efron, Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile interval).
+    """
+    pairs = np.column_stack([_vector("numerator", numerator), _vector("denominator", denominator)])
+    pairs = pairs[~np.isnan(pairs).any(axis=1)]
+    n = len(pairs)
+    if n == 0 or pairs[:, 1].mean() == 0:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    top, bottom = (weights @ pairs).T
+    low, high = np.quantile(top / bottom, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(pairs[:, 0].mean() / pairs[:, 1].mean()), float(low), float(high), n)

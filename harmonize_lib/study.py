@@ -20,7 +20,7 @@ from harmonize_lib import parameters, paths, plots
 from harmonize_lib.attribution import METHODS, explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import unknown
-from harmonize_lib.features import feature_image
+from harmonize_lib.features import feature_image, mean_color
 from harmonize_lib.models import Model, list_models, load_model, manifest
 from harmonize_lib.statistics import bootstrap_interval
 from harmonize_lib.storage import remember, sha256_tensors
@@ -280,8 +280,7 @@ def masked_accuracy(run: Run) -> pd.DataFrame:
         Columns ``source`` (``object_alone``), ``target``, ``image``, ``correct``.
     """
     data = run.dataset
-    mean = torch.stack([channel.double().mean() for channel in data.images.unbind(1)]).float()
-    images = feature_image(data.images, data.masks, "mean", mean)
+    images = feature_image(data.images, data.masks, "mean", mean_color(data.images))
     parts = [
         pd.DataFrame(
             {

@@ -79,13 +79,13 @@ class Result:
     ----------
     attributions : Tensor
         (n, C, H, W), or (n, H, W) where the method knows no channels.
-    logits : Tensor or None
+    logits : Tensor | None
         (n, K) of the images, where the method has seen them anyway.
-    missing : Tensor or None
+    missing : Tensor | None
         (n) sum of the attributions minus what they should sum to, in logits.
-    difference : Tensor or None
+    difference : Tensor | None
         (n) what they should sum to, in logits.
-    steps : Tensor or None
+    steps : Tensor | None
         (n) int64, passes spent on each image.
     notes : dict[str, Any]
         What the record should say besides.
@@ -226,7 +226,7 @@ def resolve_baseline(task: Task, baseline: str | Tensor) -> Tensor:
     ----------
     task : Task
         The images.
-    baseline : str or Tensor
+    baseline : str | Tensor
         ``"mean"`` (zeros of the model's input: the mean color its preprocessing subtracts), ``"black"``,
         ``"white"``, ``"blur"`` (the image itself, Gaussian, sigma a tenth of the shorter side), or one image
         (C, H, W) like the input images.

@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vgg": {"learning_rate": 4e-3, "bf16": True},
     "mobilenet": {"learning_rate": 4e-3, "bf16": False},
     "convnext": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "muon": 0.02},
-    "vit": {"learning_rate": 2e-3, "bf16": False, "batch_size": 64, "epochs": 10, "muon": 0.02},
+    "vit": {"learning_rate": 2e-3, "bf16": False, "train_images": 48_000, "batch_size": 64, "epochs": 4, "muon": 0.02},
     "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},
     "mobilevit": {"learning_rate": 3e-3, "bf16": False},
 }

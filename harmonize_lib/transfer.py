@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset
 from harmonize_lib.errors import HarmonizeError, unknown
-from harmonize_lib.features import feature_image, feature_mask, patch_scores, top_count
+from harmonize_lib.features import feature_image, feature_mask, mean_color, patch_scores, top_count
 
 FLOOR = ("random", "control")
 CONTROLS = ("center", "edges")
@@ -181,7 +181,7 @@ def recognize(
     """
     shape = (len(fractions), len(sides), len(models), len(dataset.labels))
     correct, probability = np.empty(shape, dtype=bool), np.empty(shape)
-    mean = _channel_mean(dataset.images)
+    mean = mean_color(dataset.images)
     for j, fraction in enumerate(fractions):
         mask = feature_mask(maps, fraction, patch, _generator(seed, 1))
         for k, side in enumerate(sides):
@@ -475,10 +475,6 @@ def _floor_maps(images: Tensor, patch: int, seed: int) -> Tensor:
     grid = patch_scores(torch.zeros(1, *images.shape[2:]), patch).shape[1:]
     scores = torch.rand(len(images), *grid, generator=_generator(seed, 0))
     return scores.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-
-
-def _channel_mean(images: Tensor) -> Tensor:
-    return torch.stack([channel.double().mean() for channel in images.unbind(1)]).float()
 
 
 def _explain(network: nn.Module, dataset: Dataset, method: str, seed: int, batch_size: int) -> Tensor:

@@ -1,0 +1,450 @@
+"""Do features travel between architectures? The comparisons of notebook 04."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from sklearn.manifold import MDS
+from torch import Tensor
+
+from harmonize_lib import plots, study
+from harmonize_lib.agreement import spearman, ssim, topk_iou
+from harmonize_lib.features import feature_image, feature_mask, mean_color, patch_scores
+from harmonize_lib.models import load_model, shuffled
+from harmonize_lib.statistics import Interval, paired_difference, ratio_interval, summarize
+from harmonize_lib.study import Run
+from harmonize_lib.transfer import area_over_fractions, family_advantage, relative_transfer
+
+Maps = Mapping[tuple[str, str], Tensor]
+
+COMPLEMENT_FRACTIONS = [0.05, 0.1, 0.2, 0.5]
+REFERENCE_LINES = ("object_mask", "second seed", "shuffled weights", "center", "edges", "random")
+MEASURES = {"Spearman": spearman, "top-10 % IoU": topk_iou, "SSIM": ssim}
+ALL = "all methods"
+
+
+def same_architecture(run: Run) -> dict[str, Maps]:
+    """Maps of each model's own architecture: its second seed (ceiling) and itself with shuffled weights (floor).
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+
+    Returns
+    -------
+    dict[str, Maps]
+        ``"second seed"`` (models of the zoo only) and ``"shuffled weights"``, each (model, method) to maps (N, H, W).
+    """
+    seeds = {name: load_model(other) for name in run.models if (other := study.second_seed(name))}
+    floors = {name: shuffled(model, run.settings.seed) for name, model in run.models.items()}
+    methods, seed = run.settings.methods, run.settings.seed
+    return {
+        kind: study.all_maps(models, run.dataset, methods, seed)
+        for kind, models in (("second seed", seeds), ("shuffled weights", floors))
+        if models
+    }
+
+
+def same_architecture_table(run: Run, relatives: Mapping[str, Maps]) -> pd.DataFrame:
+    """Show each model the features found with its own architecture.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    relatives : Mapping[str, Maps]
+        From :func:`same_architecture`.
+
+    Returns
+    -------
+    pd.DataFrame
+        As ``transfer.TRANSFER_SCHEMA``; ``source`` is ``"second seed"`` or ``"shuffled weights"``.
+    """
+    parts = []
+    for kind, maps in relatives.items():
+        for name, model in run.models.items():
+            own = {key: values for key, values in maps.items() if key[0] == name}
+            if own:
+                part = study.recognition_table(run, own, {name: model}, run.settings.fractions)
+                parts.append(part.assign(source=kind))
+    return pd.concat(parts, ignore_index=True)
+
+
+def silhouettes(run: Run, maps: Maps) -> pd.DataFrame:
+    """What the outline of a model's own features gives away: the mask in white on the mean color, nothing else.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    maps : Maps
+        (model, method) to maps (N, H, W); only models' own maps are used.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``source`` (``"silhouette"``), ``target``, ``method``, ``image``, ``correct``.
+    """
+    data, settings = run.dataset, run.settings
+    white, mean = torch.full_like(data.images, 255), mean_color(data.images)
+    parts = []
+    for (name, method), values in maps.items():
+        if name in run.models:
+            mask = feature_mask(values, settings.fraction, settings.patch)
+            correct = study.predictions(run.models[name], feature_image(white, mask, "mean", mean)) == data.labels
+            columns = {"source": "silhouette", "target": name, "method": method, "image": data.ids}
+            parts.append(pd.DataFrame(columns | {"correct": correct.numpy()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def floors_and_ceilings(run: Run, table: pd.DataFrame, relatives: pd.DataFrame, outlines: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of every target on what bounds a transfer from below and above.
+
+    Parameters
+    ----------
+    run : Run
+        The run; its ``fraction`` is the share of patches.
+    table : pd.DataFrame
+        Recognition of all maps and controls by all targets.
+    relatives : pd.DataFrame
+        From :func:`same_architecture_table`.
+    outlines : pd.DataFrame
+        From :func:`silhouettes`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``target``, ``bound``, ``mean``, ``low``, ``high``, ``n``.
+    """
+    at_k = pd.concat([table, relatives])
+    at_k = at_k[at_k["fraction"] == run.settings.fraction].astype({"source": object, "target": object, "method": object})
+    control = at_k[at_k["method"] == "control"].assign(bound=lambda part: part["source"])
+    control = control.replace({"bound": {"object_mask": "object patches"}})
+    own = at_k[at_k["source"] == at_k["target"]].assign(bound="own map")
+    related = at_k[at_k["source"].isin(list(relatives["source"].unique()))].assign(bound=lambda part: part["source"])
+    parts = [control, outlines.assign(bound="silhouette"), related, own]
+    if run.dataset.masks is not None:
+        parts.append(study.masked_accuracy(run).assign(bound="whole object"))
+    bounds = pd.concat(parts)[["target", "bound", "image", "correct"]].astype({"correct": float})
+    order = ["random", "center", "edges", "silhouette", "shuffled weights", "second seed", "own map", "object patches"]
+    bounds["bound"] = pd.Categorical(bounds["bound"], [*order, "whole object"])
+    return summarize(bounds, ["target", "bound"], "correct", run.settings.seed)
+
+
+def relation(run: Run, table: pd.DataFrame) -> pd.Series:
+    """How source and target are related.
+
+    Parameters
+    ----------
+    run : Run
+        Knows architectures and families.
+    table : pd.DataFrame
+        Columns ``source``, ``target``.
+
+    Returns
+    -------
+    pd.Series
+        ``"own map"``, ``"same family"``, ``"other family"``, or the source itself where it is no model.
+    """
+    family = {name: model.family for name, model in run.models.items()}
+    source, target = table["source"].astype(object), table["target"].astype(object)
+    kind = np.where(source.map(family) == target.map(family), "same family", "other family")
+    kind = np.where(source == target, "own map", kind)
+    return pd.Series(np.where(source.isin(list(family)), kind, source), index=table.index)
+
+
+def curves_over_k(run: Run, table: pd.DataFrame, relatives: pd.DataFrame | None) -> pd.DataFrame:
+    """Accuracy over the share k: by relation of source and target, and by method between different architectures.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps and controls by all targets.
+    relatives : pd.DataFrame or None
+        From :func:`same_architecture_table`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``panel``, ``line``, ``fraction``, ``mean``, ``low``, ``high``, ``n``; a mean over targets, and over
+        methods in the first panel.
+    """
+    seed = run.settings.seed
+    every = table if relatives is None else pd.concat([table, relatives])
+    lines = every.assign(line=relation(run, every))
+    by_relation = summarize(lines, ["line", "fraction"], "correct", seed).assign(panel="By whose map (mean over methods)")
+    others = lines[lines["line"].isin(["same family", "other family"]) | (lines["line"] == "random")]
+    others = others.assign(line=np.where(others["line"] == "random", "random", others["method"].astype(object)))
+    by_method = summarize(others, ["line", "fraction"], "correct", seed).assign(panel="By method (another's map)")
+    return pd.concat([by_relation, by_method], ignore_index=True)
+
+
+def own_minus_other(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy on own features minus that on another architecture's, paired by image, a mean over targets.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps by all targets.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``method``, ``fraction``, ``mean``, ``low``, ``high``, ``n``, ``p``.
+    """
+    lines = table.assign(own=relation(run, table))
+    lines = lines[lines["own"].isin(["own map", "same family", "other family"])]
+    lines["own"] = lines["own"] == "own map"
+    wide = lines.groupby(["method", "fraction", "target", "image", "own"], observed=True)["correct"].mean().unstack("own")
+    wide = wide.groupby(["method", "fraction", "image"], observed=True, sort=False).mean()
+    rows = [
+        (*group, *paired_difference(part[True], part[False], run.settings.seed))
+        for group, part in wide.groupby(["method", "fraction"], observed=True, sort=False)
+    ]
+    return pd.DataFrame(rows, columns=["method", "fraction", "mean", "low", "high", "n", "p"])
+
+
+def _agreement(run: Run, a: Tensor, b: Tensor, measure: str) -> np.ndarray:
+    """Agreement of two sets of maps, (N), on the patch grid so that resolutions match."""
+    patch = run.settings.patch
+    return MEASURES[measure](patch_scores(a, patch), patch_scores(b, patch)).numpy()
+
+
+def agreement_table(run: Run, maps: Maps, relatives: Mapping[str, Maps]) -> pd.DataFrame:
+    """Agreement of maps between architectures, between seeds (ceiling) and with shuffled weights (floor), per image.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    maps : Maps
+        (model, method) to maps (N, H, W).
+    relatives : Mapping[str, Maps]
+        From :func:`same_architecture`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``measure``, ``pair``, ``method``, ``models``, ``image``, ``agreement``; NaN where undefined.
+    """
+    parts = []
+    for method in dict.fromkeys(method for _, method in maps):
+        named = [(name, name, "other architecture", maps[name, method]) for name in run.models if (name, method) in maps]
+        pairs = [(f"{a[0]} {b[0]}", "other architecture", a[3], b[3]) for a, b in combinations(named, 2)]
+        for kind, others in relatives.items():
+            pairs += [(name, kind, own, others[name, method]) for name, _, _, own in named if (name, method) in others]
+        for measure in MEASURES:
+            for models, kind, a, b in pairs:
+                columns = {"measure": measure, "pair": kind, "method": method, "models": models, "image": run.dataset.ids}
+                parts.append(pd.DataFrame(columns | {"agreement": _agreement(run, a, b, measure)}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def agreement_matrix(run: Run, agreement: pd.DataFrame) -> pd.DataFrame:
+    """Mean Spearman of every pair of models over methods; the diagonal is a model and its second seed.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    agreement : pd.DataFrame
+        From :func:`agreement_table`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``model``, ``other model``, ``mean``, ``low``, ``high``, ``n``.
+    """
+    part = agreement[(agreement["measure"] == "Spearman") & (agreement["pair"] != "shuffled weights")]
+    ends = part["models"].str.split(" ", expand=True).reindex(columns=[0, 1])
+    part = part.assign(**{"model": ends[0], "other model": ends[1].fillna(ends[0])})
+    mirrored = part.rename(columns={"model": "other model", "other model": "model"})
+    both = pd.concat([part, mirrored[mirrored["model"] != mirrored["other model"]]])
+    names = list(run.models)
+    both = both.assign(**{column: pd.Categorical(both[column], names) for column in ("model", "other model")})
+    return summarize(both, ["model", "other model"], "agreement", run.settings.seed)
+
+
+def _mean_over_methods(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with all methods averaged per image, beside the controls."""
+    is_control = table["method"] == "control"
+    by = ["source", "target", "fraction", "complement", "image"]
+    mean = table[~is_control].groupby(by, observed=True, as_index=False)[["correct", "probability"]].mean()
+    return pd.concat([mean.assign(method=ALL), table[is_control]])
+
+
+def family_table(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Family advantage at the run's share of patches, by method and over all methods.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps and controls by all targets.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns of ``transfer.family_advantage`` with ``mean`` for the advantage.
+    """
+    at_k = table[table["fraction"] == run.settings.fraction].astype({"source": object, "target": object, "method": object})
+    families = {name: model.family for name, model in run.models.items()}
+    architectures = {name: model.architecture for name, model in run.models.items()}
+    joined = pd.concat([at_k, _mean_over_methods(at_k).query("method == @ALL")])
+    result = family_advantage(joined, families, architectures, run.settings.seed)
+    return result.rename(columns={"advantage": "mean"})
+
+
+def landscape(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Place models in the plane so that those who recognize each other's features are close.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps and controls by all targets.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``model``, ``family``, ``x``, ``y``: multidimensional scaling of 1 minus the symmetrized mean ρ.
+    """
+    at_k = table[table["fraction"] == run.settings.fraction]
+    rho = relative_transfer(_mean_over_methods(at_k), seed=run.settings.seed)
+    names = list(run.models)
+    grid = rho.pivot_table(index="source", columns="target", values="rho", observed=True).reindex(index=names, columns=names)
+    distance = np.clip(1 - (grid.to_numpy() + grid.to_numpy().T) / 2, 0, None)
+    distance = np.nan_to_num(distance, nan=1.0)
+    np.fill_diagonal(distance, 0)
+    scaling = MDS(n_components=2, metric="precomputed", n_init=8, init="random", random_state=run.settings.seed)
+    place = scaling.fit_transform(distance)
+    return pd.DataFrame(
+        {"model": names, "family": [run.models[name].family for name in names], "x": place[:, 0], "y": place[:, 1]}
+    )
+
+
+def draw_landscape(places: pd.DataFrame) -> Figure:
+    """Draw the landscape of models.
+
+    Parameters
+    ----------
+    places : pd.DataFrame
+        From :func:`landscape`.
+
+    Returns
+    -------
+    Figure
+        The figure.
+    """
+    figure, ax = plt.subplots(figsize=(4.6, 3.6))
+    sns.scatterplot(places, x="x", y="y", hue="family", style="family", s=70, ax=ax)
+    for row in places.itertuples():
+        ax.annotate(plots.label(row.model), (row.x, row.y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    ax.set(title="Models whose features others recognize alike", xlabel="distance = 1 − relative transfer ρ", ylabel="")
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.margins(0.2)
+    return figure
+
+
+def draw_matrices(cells: pd.DataFrame) -> Figure:
+    """Draw one transfer matrix per method.
+
+    Parameters
+    ----------
+    cells : pd.DataFrame
+        Columns ``method``, ``source``, ``target``, ``mean``.
+
+    Returns
+    -------
+    Figure
+        The figure.
+    """
+    methods = list(dict.fromkeys(cells["method"]))
+    rows = -(-len(methods) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(7.4, 2.9 * rows), sharex=True, sharey=True, squeeze=False)
+    for ax, method in zip(axes.flat, methods, strict=False):
+        plots.matrix(ax, cells[cells["method"] == method], "source", "target", "mean", plots.label(method))
+    for ax in axes.flat[len(methods) :]:
+        ax.set_visible(False)
+    return figure
+
+
+def measured_claims(run: Run, table: pd.DataFrame, agreement: pd.DataFrame) -> dict[str, Interval]:
+    """What notebook 04 measured for the ledger.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps and controls by all targets.
+    agreement : pd.DataFrame
+        From :func:`agreement_table`.
+
+    Returns
+    -------
+    dict[str, Interval]
+        Claims ``transfer``, ``inconsistency`` and ``family``.
+    """
+    seed = run.settings.seed
+    at_k = table[table["fraction"] == run.settings.fraction]
+    lines = at_k.assign(line=relation(run, at_k).replace({"same family": "other", "other family": "other"}))
+    per_image = lines.groupby(["line", "image"], observed=True)["probability"].mean().unstack("line")
+    gained = ratio_interval(per_image["other"] - per_image["random"], per_image["own map"] - per_image["random"], seed)
+    rank = agreement[agreement["measure"] == "Spearman"].groupby(["pair", "image"], observed=True)["agreement"].mean()
+    rank = rank.unstack("pair")
+    undefined = Interval(np.nan, np.nan, np.nan, 0)
+    different = undefined
+    if "second seed" in rank:
+        different = paired_difference(rank["other architecture"], rank["second seed"], seed)
+    family = family_table(run, table).query("method == @ALL")
+    return {
+        "transfer": gained,
+        "inconsistency": different,
+        "family": Interval(*family[["mean", "low", "high", "n", "p"]].iloc[0]) if len(family) else undefined,
+    }
+
+
+def separation(run: Run, table: pd.DataFrame, gap: pd.DataFrame) -> dict[str, bool]:
+    """Whether the data separate own from foreign features, and good from bad methods.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps by all targets.
+    gap : pd.DataFrame
+        From :func:`own_minus_other`.
+
+    Returns
+    -------
+    dict[str, bool]
+        Condition in words, with what was found, to whether it is met.
+    """
+    small = gap[gap["fraction"] <= 0.05]
+    best_k = small.assign(enough=small["mean"] >= 0.05).groupby("fraction")["enough"].sum()
+    area = area_over_fractions(table[table["method"] != "control"])
+    areas = summarize(area[area["source"].astype(str) != area["target"].astype(str)], ["method"], "correct", run.settings.seed)
+    areas = areas.set_index("method")["mean"]
+    spread = areas.max() - areas.min()
+    return {
+        f"own features lead another's by ≥ 0.05 for at least 3 methods at some k ≤ 5 % "
+        f"({best_k.max()} methods at k = {best_k.idxmax():g})": bool(best_k.max() >= 3),
+        f"best and worst method differ by ≥ 0.05 in area under the transfer curve "
+        f"({plots.label(areas.idxmax())} {areas.max():.3f}, {plots.label(areas.idxmin())} {areas.min():.3f})": bool(spread >= 0.05),
+    }
