@@ -231,6 +231,7 @@ def explain(
     parts: list[tuple[Tensor, Tensor, Result]] = []
     start = 0
     with torch.inference_mode(False), torch.enable_grad():
+        targets = targets.clone()
         while start < len(images):
             chosen = slice(start, start + rows)
             full = False

@@ -45,7 +45,9 @@ def _values(pairs: list[tuple[str, str]]) -> dict[str, Any]:
 
 @app.command()
 def run(
-    notebooks: Annotated[list[str] | None, typer.Argument(help="01, 04_cross_architecture_transfer, …; none: all")] = None,
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="01, 04_cross_architecture_transfer, …; none: all")
+    ] = None,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE, a parameter for every notebook that has it")
     ] = None,
@@ -62,7 +64,9 @@ def run(
     figures = (out or paths.FIGURES).resolve()
     if out is not None:
         given["output"] = str(figures)
-    settings = {name: {key: value for key, value in given.items() if key in NOTEBOOKS[name].model_fields} for name in chosen}
+    settings = {
+        name: {key: value for key, value in given.items() if key in NOTEBOOKS[name].model_fields} for name in chosen
+    }
     for key in given:
         if not any(key in values for values in settings.values()):
             raise unknown("parameter", key, {field for name in chosen for field in NOTEBOOKS[name].model_fields})
@@ -103,7 +107,9 @@ def _execute(name: str, values: dict[str, Any]) -> str:
 
 @app.command()
 def train(
-    models: Annotated[list[str] | None, typer.Argument(help="zoo names, e.g. resnet-obj vit-scene-s1; none: the zoo")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="zoo names, e.g. resnet-obj vit-scene-s1; none: the zoo")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for weights and manifest")] = paths.WEIGHTS,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
@@ -157,5 +163,3 @@ def main() -> None:
     except HarmonizeError as error:
         print(f"harmonize: {error}", file=sys.stderr)
         sys.exit(2)
-
-

@@ -125,7 +125,9 @@ def floors_and_ceilings(run: Run, table: pd.DataFrame, relatives: pd.DataFrame, 
         Columns ``target``, ``bound``, ``mean``, ``low``, ``high``, ``n``.
     """
     at_k = pd.concat([table, relatives])
-    at_k = at_k[at_k["fraction"] == run.settings.fraction].astype({"source": object, "target": object, "method": object})
+    at_k = at_k[at_k["fraction"] == run.settings.fraction].astype(
+        {"source": object, "target": object, "method": object}
+    )
     control = at_k[at_k["method"] == "control"].assign(bound=lambda part: part["source"])
     control = control.replace({"bound": {"object_mask": "object patches"}})
     own = at_k[at_k["source"] == at_k["target"]].assign(bound="own map")
@@ -182,7 +184,9 @@ def curves_over_k(run: Run, table: pd.DataFrame, relatives: pd.DataFrame | None)
     seed = run.settings.seed
     every = table if relatives is None else pd.concat([table, relatives])
     lines = every.assign(line=relation(run, every))
-    by_relation = summarize(lines, ["line", "fraction"], "correct", seed).assign(panel="By whose map (mean over methods)")
+    by_relation = summarize(lines, ["line", "fraction"], "correct", seed).assign(
+        panel="By whose map (mean over methods)"
+    )
     others = lines[lines["line"].isin(["same family", "other family"]) | (lines["line"] == "random")]
     others = others.assign(line=np.where(others["line"] == "random", "random", others["method"].astype(object)))
     by_method = summarize(others, ["line", "fraction"], "correct", seed).assign(panel="By method (another's map)")
@@ -207,7 +211,9 @@ def own_minus_other(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     lines = table.assign(own=relation(run, table))
     lines = lines[lines["own"].isin(["own map", "same family", "other family"])]
     lines["own"] = lines["own"] == "own map"
-    wide = lines.groupby(["method", "fraction", "target", "image", "own"], observed=True)["correct"].mean().unstack("own")
+    wide = (
+        lines.groupby(["method", "fraction", "target", "image", "own"], observed=True)["correct"].mean().unstack("own")
+    )
     wide = wide.groupby(["method", "fraction", "image"], observed=True, sort=False).mean()
     rows = [
         (*group, *paired_difference(part[True], part[False], run.settings.seed))
@@ -241,13 +247,21 @@ def agreement_table(run: Run, maps: Maps, relatives: Mapping[str, Maps]) -> pd.D
     """
     parts = []
     for method in dict.fromkeys(method for _, method in maps):
-        named = [(name, name, "other architecture", maps[name, method]) for name in run.models if (name, method) in maps]
+        named = [
+            (name, name, "other architecture", maps[name, method]) for name in run.models if (name, method) in maps
+        ]
         pairs = [(f"{a[0]} {b[0]}", "other architecture", a[3], b[3]) for a, b in combinations(named, 2)]
         for kind, others in relatives.items():
             pairs += [(name, kind, own, others[name, method]) for name, _, _, own in named if (name, method) in others]
         for measure in MEASURES:
             for models, kind, a, b in pairs:
-                columns = {"measure": measure, "pair": kind, "method": method, "models": models, "image": run.dataset.ids}
+                columns = {
+                    "measure": measure,
+                    "pair": kind,
+                    "method": method,
+                    "models": models,
+                    "image": run.dataset.ids,
+                }
                 parts.append(pd.DataFrame(columns | {"agreement": _agreement(run, a, b, measure)}))
     return pd.concat(parts, ignore_index=True)
 
@@ -300,7 +314,9 @@ def family_table(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     pd.DataFrame
         Columns of ``transfer.family_advantage`` with ``mean`` for the advantage.
     """
-    at_k = table[table["fraction"] == run.settings.fraction].astype({"source": object, "target": object, "method": object})
+    at_k = table[table["fraction"] == run.settings.fraction].astype(
+        {"source": object, "target": object, "method": object}
+    )
     families = {name: model.family for name, model in run.models.items()}
     architectures = {name: model.architecture for name, model in run.models.items()}
     joined = pd.concat([at_k, _mean_over_methods(at_k).query("method == @ALL")])
@@ -326,7 +342,9 @@ def landscape(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     at_k = table[table["fraction"] == run.settings.fraction]
     rho = relative_transfer(_mean_over_methods(at_k), seed=run.settings.seed)
     names = list(run.models)
-    grid = rho.pivot_table(index="source", columns="target", values="rho", observed=True).reindex(index=names, columns=names)
+    grid = rho.pivot_table(index="source", columns="target", values="rho", observed=True).reindex(
+        index=names, columns=names
+    )
     distance = np.clip(1 - (grid.to_numpy() + grid.to_numpy().T) / 2, 0, None)
     distance = np.nan_to_num(distance, nan=1.0)
     np.fill_diagonal(distance, 0)
@@ -439,12 +457,16 @@ def separation(run: Run, table: pd.DataFrame, gap: pd.DataFrame) -> dict[str, bo
     small = gap[gap["fraction"] <= 0.05]
     best_k = small.assign(enough=small["mean"] >= 0.05).groupby("fraction")["enough"].sum()
     area = area_over_fractions(table[table["method"] != "control"])
-    areas = summarize(area[area["source"].astype(str) != area["target"].astype(str)], ["method"], "correct", run.settings.seed)
+    areas = summarize(
+        area[area["source"].astype(str) != area["target"].astype(str)], ["method"], "correct", run.settings.seed
+    )
     areas = areas.set_index("method")["mean"]
     spread = areas.max() - areas.min()
     return {
         f"own features lead another's by ≥ 0.05 for at least 3 methods at some k ≤ 5 % "
         f"({best_k.max()} methods at k = {best_k.idxmax():g})": bool(best_k.max() >= 3),
         f"best and worst method differ by ≥ 0.05 in area under the transfer curve "
-        f"({plots.label(areas.idxmax())} {areas.max():.3f}, {plots.label(areas.idxmin())} {areas.min():.3f})": bool(spread >= 0.05),
+        f"({plots.label(areas.idxmax())} {areas.max():.3f}, {plots.label(areas.idxmin())} {areas.min():.3f})": bool(
+            spread >= 0.05
+        ),
     }

@@ -80,9 +80,7 @@ class Dataset:
         )
 
 
-def load_dataset(
-    name: str, split: str = "test", n: int | None = None, seed: int = 0, **options: object
-) -> Dataset:
+def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int = 0, **options: object) -> Dataset:
     """Load a data set by name.
 
     Parameters
@@ -224,7 +222,8 @@ def read_image(path: Path, size: int | None = None) -> Tensor:
         The file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

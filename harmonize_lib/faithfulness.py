@@ -257,9 +257,7 @@ def _perturbed(model: nn.Module, images: Tensor, index: Tensor, keep: Tensor, fi
 def _score(model: nn.Module, batch: Tensor, targets: Tensor, score: str) -> Tensor:
     logits = model(batch)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise HarmonizeError(
-            f"the model gives {type(logits).__name__}: it must give one tensor of logits (N, K)"
-        )
+        raise HarmonizeError(f"the model gives {type(logits).__name__}: it must give one tensor of logits (N, K)")
     if logits.isnan().any():
         raise HarmonizeError("the model gives NaN logits: check its weights and its input")
     if targets.min() < 0 or targets.max() >= logits.shape[1]:

@@ -85,9 +85,7 @@ def ranks(maps: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places).view(maps.shape)
 
 
-def feature_mask(
-    maps: Tensor, fraction: float, patch: int, generator: torch.Generator | None = None
-) -> Tensor:
+def feature_mask(maps: Tensor, fraction: float, patch: int, generator: torch.Generator | None = None) -> Tensor:
     """Mark the top fraction of patches of each map.
 
     Parameters
@@ -172,9 +170,7 @@ def feature_image(
     channels = images.shape[1]
     color = torch.as_tensor([white / 2] * channels if mean is None else mean, dtype=torch.float32)
     if color.shape != (channels,):
-        raise HarmonizeError(
-            f"mean has shape {tuple(color.shape)}: give one value per channel, {channels} in all"
-        )
+        raise HarmonizeError(f"mean has shape {tuple(color.shape)}: give one value per channel, {channels} in all")
     color = color.to(images.device)[:, None, None]
     filled = images.float()
     if fill == "mean":
@@ -346,9 +342,7 @@ def top_count(fraction: float, total: int) -> int:
         If the fraction is out of range.
     """
     if not 0 < fraction <= 1:
-        raise HarmonizeError(
-            f"fraction={fraction} is out of range: give a part of the map in (0, 1], such as 0.1"
-        )
+        raise HarmonizeError(f"fraction={fraction} is out of range: give a part of the map in (0, 1], such as 0.1")
     return max(1, round(fraction * total))
 
 

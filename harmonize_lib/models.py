@@ -56,10 +56,16 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     ),
     "vgg": _vgg,
     "mobilenet": _timm("mobilenetv2_035", output_stride=16),
-    "convnext": _timm("convnext_atto", depths=(1, 2, 2, 1), dims=(24, 48, 72, 96), output_stride=8, kernel_sizes=5, ls_init_value=None),
-    "vit": _timm(
-        "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2
+    "convnext": _timm(
+        "convnext_atto",
+        depths=(1, 2, 2, 1),
+        dims=(24, 48, 72, 96),
+        output_stride=8,
+        kernel_sizes=5,
+        ls_init_value=None,
+        global_pool="max",  # LayerNorm lifts faint scenes to the strength of objects: an average would drown the object
     ),
+    "vit": _timm("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2),
     "swin": _timm(
         "swin_tiny_patch4_window7_224",
         img_size=64,
@@ -364,14 +370,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise HarmonizeError(
             f"{path.name}: not a readable weights file: give .safetensors, or a .pth of tensors alone"
         ) from error
-    return state.get("state_dict", state)
+    inner = state.get("state_dict", state)
+    return inner if isinstance(inner, dict) else state
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
-        network.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()})
+        network.load_state_dict(
+            {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+        )
     except (RuntimeError, AttributeError) as error:
-        raise HarmonizeError(f"{path.name}: these weights do not fit the architecture (names or shapes differ)") from error
+        raise HarmonizeError(
+            f"{path.name}: these weights do not fit the architecture (names or shapes differ)"
+        ) from error
 
 
 def _load_timm(spec: str, rest: str, weights: str | Path | None) -> Model:
@@ -411,8 +422,9 @@ def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:
         raise HarmonizeError(f"{spec}: the callable must return a torch.nn.Module with an attribute 'classes'")
     if weights is not None:
         _fill(network, _read_weights(Path(weights)), Path(weights))
+    names: Any = network.classes
     given = {key: getattr(network, key) for key in ("mean", "std", "input_size") if hasattr(network, key)}
-    return Model(network, spec, rest, tuple(network.classes), **given)
+    return Model(network, spec, rest, tuple(names), **given)
 
 
 def shuffled(model: Model, seed: int) -> Model:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from harmonize_lib.attribution import METHODS
+from harmonize_lib.consensus import list_rules
 from harmonize_lib.errors import HarmonizeError, unknown
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -66,7 +68,10 @@ class DataAndModels(Study):
 class AttributionExtraction(Study):
     """Notebook 02."""
 
+    n_images: int = Field(50, ge=2, le=100_000, description="test images explained")
+    methods: list[str] = Field(list(METHODS), min_length=1, description="attribution methods, controls included")
     n_shown: int = Field(3, ge=1, le=8, description="images in the gallery of maps")
+    n_timed: int = Field(4, ge=1, le=1000, description="least number of images of a throughput measurement")
 
 
 class FeatureImages(Patches):
@@ -89,13 +94,31 @@ class Harmonization(Patches):
         min_length=1,
         description="rules of consensus",
     )
-    fraction: Fraction = Field(0.03, description="share k at which detection is compared")
+    rule: str = Field("borda", description="the rule that claims are judged by, chosen before the run")
+    fraction: Fraction = Field(0.05, description="share k at which detection is compared")
+    n_deletion: int = Field(40, ge=2, le=100_000, description="images of the deletion curves, at most n_images")
+    pool_draws: int = Field(2, ge=1, le=100, description="random pools of each size and image")
+    shortcut_methods: list[str] = Field(
+        ["saliency", "input_x_gradient", "grad_cam"], description="those of methods that also explain the scene models"
+    )
+    n_shown: int = Field(2, ge=1, le=8, description="images in the gallery")
+
+    @field_validator("rules", "rule")
+    @classmethod
+    def _known(cls, given: list[str] | str) -> list[str] | str:
+        for rule in [given] if isinstance(given, str) else given:
+            if rule not in list_rules():
+                raise unknown("rule", rule, list_rules())
+        return given
 
 
-class FeatureDetectors(Patches):
+class FeatureDetectors(Study):
     """Notebook 06."""
 
+    n_images: int = Field(100, ge=2, le=100_000, description="test images scored against exact masks")
+    n_curves: int = Field(40, ge=2, le=100_000, description="images of insertion, deletion and ROAD, at most n_images")
     steps: int = Field(16, ge=2, le=256, description="steps of insertion and deletion curves")
+    road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {

@@ -192,7 +192,9 @@ def save_figure(
         "sha256": {ending: sha256_bytes(data) for ending, data in files.items()},
         "commit": _commit(),
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
         "seconds": round(seconds, 1),
     }
     path = folder / f"{name}.json"
@@ -232,7 +234,9 @@ def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[s
         The figure.
     """
     columns = max(len(row) for row in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(width * columns + 0.5, (width + 0.12) * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(width * columns + 0.5, (width + 0.12) * len(rows)), squeeze=False
+    )
     for line, row, name in zip(axes, rows, row_labels, strict=True):
         for ax in line[len(row) :]:
             ax.set_visible(False)
@@ -302,7 +306,7 @@ def matrix(
     ax.tick_params(axis="x", rotation=40)
     ax.tick_params(axis="y", rotation=0)
     for text in ax.get_xticklabels():
-        text.set_ha("right")
+        text.set_horizontalalignment("right")
 
 
 def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls: Sequence[str] = ()) -> None:
@@ -330,7 +334,16 @@ def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls
     for name in names:
         part = table[table[hue] == name].sort_values(x)
         color = colors.get(name, "0.35")
-        ax.plot(part[x], part["mean"], color=color, ls=dashes.get(name, "-"), lw=1.3, marker=".", ms=4, label=label(str(name)))
+        ax.plot(
+            part[x],
+            part["mean"],
+            color=color,
+            ls=dashes.get(name, "-"),
+            lw=1.3,
+            marker=".",
+            ms=4,
+            label=label(str(name)),
+        )
         ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.15, lw=0)
     ax.set(title=title, xlabel=x)
 
@@ -359,7 +372,110 @@ def forest(ax: Axes, table: pd.DataFrame, y: str, title: str, xlabel: str, hue: 
         part = table if group is None else table[table[hue] == group]
         place = np.array([names.index(name) for name in part[y]]) + 0.7 * ((shift + 0.5) / len(groups) - 0.5)
         error = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
-        ax.errorbar(part["mean"], place, xerr=error, fmt="o", ms=3.5, lw=1.2, color=color, label=None if group is None else label(str(group)))
+        ax.errorbar(
+            part["mean"],
+            place,
+            xerr=error,
+            fmt="o",
+            ms=3.5,
+            lw=1.2,
+            color=color,
+            label=None if group is None else label(str(group)),
+        )
     ax.axvline(0, color="0.3", lw=0.8)
     ax.set(title=title, xlabel=xlabel, yticks=range(len(names)), yticklabels=[label(str(name)) for name in names])
+    ax.invert_yaxis()
+
+
+def tiles(
+    ax: Axes,
+    table: pd.DataFrame,
+    index: str,
+    columns: str,
+    values: str,
+    title: str,
+    text: str | None = None,
+    bar: str = "",
+    log: bool = False,
+    cmap: str | Sequence[str] = "viridis",
+) -> None:
+    """A heat map with words, or rounded numbers, written in; cells without a value stay gray.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where.
+    table : pd.DataFrame
+        One row per cell.
+    index : str
+        Column whose values are the rows, in order of appearance.
+    columns : str
+        Column whose values are the columns, in order of appearance.
+    values : str
+        Column of the numbers that give the colors.
+    title : str
+        What it shows.
+    text : str or None
+        Column of what is written in; None writes the numbers, two digits each.
+    bar : str
+        Label of the color bar; empty draws none.
+    log : bool
+        Colors follow the logarithm.
+    cmap : str or Sequence[str]
+        Color map, or its colors.
+    """
+    rows, cols = list(dict.fromkeys(table[index])), list(dict.fromkeys(table[columns]))
+    words = table[text] if text else table[values].map(lambda value: f"{float(f'{value:.2g}'):g}")
+    grids = [
+        table.assign(shown=shown).pivot(index=index, columns=columns, values="shown").reindex(index=rows, columns=cols)
+        for shown in (table[values].astype(float), words)
+    ]
+    sns.heatmap(
+        grids[0],
+        ax=ax,
+        annot=grids[1].fillna("").to_numpy(),
+        fmt="",
+        annot_kws={"fontsize": 7},
+        cmap=cmap if isinstance(cmap, str) else mpl.colors.ListedColormap(list(cmap)),
+        norm=mpl.colors.LogNorm() if log else None,
+        cbar=bool(bar),
+        cbar_kws={"label": bar} if bar else None,
+        linewidths=0.5,
+        xticklabels=[label(str(name)) for name in cols],
+        yticklabels=[label(str(name)) for name in rows],
+    )
+    ax.set_facecolor("0.88")
+    ax.set(title=title, xlabel="", ylabel="")
+    ax.tick_params(axis="x", rotation=40)
+    ax.tick_params(axis="y", rotation=0)
+    for name in ax.get_xticklabels():
+        name.set_horizontalalignment("right")
+
+
+def stacked(ax: Axes, table: pd.DataFrame, y: str, parts: Mapping[str, str], title: str, xlabel: str) -> None:
+    """Counts as stacked horizontal bars, their numbers written in.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where.
+    table : pd.DataFrame
+        One row per bar.
+    y : str
+        Column that names the bars, from the top.
+    parts : Mapping[str, str]
+        Columns of counts, in order, to colors.
+    title : str
+        What it shows.
+    xlabel : str
+        What is counted.
+    """
+    left = np.zeros(len(table))
+    for part, color in parts.items():
+        counts = table[part].to_numpy()
+        bars = ax.barh(range(len(table)), counts, left=left, color=color, label=label(part), height=0.7)
+        ax.bar_label(bars, [str(count) if count else "" for count in counts], label_type="center", fontsize=7)
+        left += counts
+    ax.set(title=title, xlabel=xlabel, yticks=range(len(table)), yticklabels=[label(str(name)) for name in table[y]])
+    ax.grid(axis="y", visible=False)
     ax.invert_yaxis()

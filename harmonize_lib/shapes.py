@@ -9,12 +9,12 @@ the seed, the split and its own number alone: the first n images are the same wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.float32]
+Field = NDArray[Any]
 
 SIZE = 64
 SPLITS = ("train", "val", "test")
@@ -63,8 +63,9 @@ TEXTURES: dict[str, Callable[[Field, Field, Field, Field, Field], Field]] = {
     "rings": lambda x, y, r, a, speckle: _square_wave(r),
     "stripes": lambda x, y, r, a, speckle: _square_wave(x),
     "dots": lambda x, y, r, a, speckle: (np.sin(2 * np.pi * x) * np.sin(2 * np.pi * y) > 0.35) * 1.0,
-    "checks": lambda x, y, r, a, speckle: _square_wave(x / 2) * _square_wave(y / 2)
-    + (1 - _square_wave(x / 2)) * (1 - _square_wave(y / 2)),
+    "checks": lambda x, y, r, a, speckle: (
+        _square_wave(x / 2) * _square_wave(y / 2) + (1 - _square_wave(x / 2)) * (1 - _square_wave(y / 2))
+    ),
     "spokes": lambda x, y, r, a, speckle: _square_wave(a * 8 / (2 * np.pi)),
     "zigzag": lambda x, y, r, a, speckle: _square_wave(x + 0.8 * abs((y / 2) % 1 - 0.5)),
     "mesh": lambda x, y, r, a, speckle: np.minimum(abs(x % 1 - 0.5), abs(y % 1 - 0.5)) < 0.14,

@@ -170,9 +170,7 @@ def _clustered(
         return values[defined], np.ones(defined.sum())
     labels = np.asarray(clusters)
     if labels.shape != values.shape:
-        raise HarmonizeError(
-            f"clusters has shape {labels.shape}: give one label for each of {len(values)} values"
-        )
+        raise HarmonizeError(f"clusters has shape {labels.shape}: give one label for each of {len(values)} values")
     _, index = np.unique(labels[defined], return_inverse=True)
     sums, counts = np.bincount(index, values[defined]), np.bincount(index)
     return sums.astype(np.float64), counts.astype(np.float64)

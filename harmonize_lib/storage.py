@@ -111,6 +111,27 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
+def stored_at(kind: str, key: Mapping[str, object], folder: Path | None = None) -> Path:
+    """Where the store keeps a result.
+
+    Parameters
+    ----------
+    kind : str
+        See :func:`remember`.
+    key : Mapping[str, object]
+        See :func:`remember`.
+    folder : Path or None
+        See :func:`remember`.
+
+    Returns
+    -------
+    Path
+        The file, which exists once the result was computed.
+    """
+    digest = sha256_json(dict(key))
+    return (folder or paths.CACHE) / kind / digest[:2] / f"{digest}.safetensors"
+
+
 def remember(
     kind: str, key: Mapping[str, object], compute: Callable[[], dict[str, Tensor]], folder: Path | None = None
 ) -> dict[str, Tensor]:
@@ -132,13 +153,12 @@ def remember(
     dict[str, Tensor]
         The tensors. A stored file whose checksum does not match is computed again, and a warning says so.
     """
-    digest = sha256_json(dict(key))
-    path = (folder or paths.CACHE) / kind / digest[:2] / f"{digest}.safetensors"
+    path = stored_at(kind, key, folder)
     if path.exists():
         checksum, _, data = path.read_bytes().partition(b"\n")
         if checksum.decode("ascii", "replace") == sha256_bytes(data):
             return load(data)
-        warnings.warn(f"stored {kind} {digest[:12]} is corrupt: computing it again", stacklevel=2)
+        warnings.warn(f"stored {kind} {path.stem[:12]} is corrupt: computing it again", stacklevel=2)
     tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
     data = save(tensors)
     write_atomic(path, sha256_bytes(data).encode() + b"\n" + data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from tqdm import tqdm
 from harmonize_lib import parameters, paths, plots
 from harmonize_lib.attribution import METHODS, explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
-from harmonize_lib.errors import unknown
+from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.features import feature_image, mean_color
 from harmonize_lib.models import Model, list_models, load_model, manifest
 from harmonize_lib.statistics import bootstrap_interval
-from harmonize_lib.storage import remember, sha256_tensors
+from harmonize_lib.storage import remember, sha256_tensors, stored_at
 from harmonize_lib.train import predict
 from harmonize_lib.transfer import TRANSFER_SCHEMA, long_table, recognize
 
@@ -130,7 +130,17 @@ def attributions(model: Model, dataset: Dataset, method: str, seed: int = 0, **o
         ``maps`` (N, H, W), ``logit``, ``probability``, ``gap`` (relative completeness gap, NaN where the method
         promises none), ``steps`` and ``seconds`` (each image's share), all (N).
     """
-    parts = []
+    parts = [
+        remember("attribution", key, partial(_explain, model, images, targets, method, seed, options))
+        for key, images, targets in _shards(model, dataset, method, seed, options)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _shards(
+    model: Model, dataset: Dataset, method: str, seed: int, options: dict[str, Any]
+) -> Iterator[tuple[dict[str, object], Tensor, Tensor]]:
+    """Key in the store, images and targets of each shard."""
     for index in torch.arange(len(dataset)).split(CHUNK):
         images, targets = dataset.images[index], dataset.labels[index]
         key = {
@@ -141,8 +151,7 @@ def attributions(model: Model, dataset: Dataset, method: str, seed: int = 0, **o
             "options": options,
             "seed": seed,
         }
-        parts.append(remember("attribution", key, partial(_explain, model, images, targets, method, seed, options)))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        yield key, images, targets
 
 
 def _explain(
@@ -158,10 +167,48 @@ def _explain(
         "maps": result.maps,
         "logit": result.logit.cpu(),
         "probability": result.probability.cpu(),
-        "gap": nothing if relative is None else torch.tensor(relative),
+        "gap": nothing.clone() if relative is None else torch.tensor(relative),
         "steps": nothing if steps is None else torch.as_tensor(steps, dtype=torch.float32).expand(n).clone(),
         "seconds": torch.full((n,), result.record["seconds"] / n),
     }
+
+
+def cost_estimate(
+    models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0, probe: int = 2
+) -> pd.DataFrame:
+    """Seconds that attributions which are not in the store will take, from explaining a few images.
+
+    Parameters
+    ----------
+    models : Mapping[str, Model]
+        Models by name.
+    dataset : Dataset
+        N images.
+    methods : Iterable[str]
+        Attribution methods; those a model refuses cost nothing.
+    seed : int
+        Seed of the methods' randomness.
+    probe : int
+        Images tried for each model and method.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``model``, ``method``, ``images`` still to explain, ``seconds`` they will take. Small probes waste
+        room in a pass, so the estimate errs upward.
+    """
+    rows = []
+    jobs = [(name, method) for name in models for method in methods if refusal(models[name], method) is None]
+    for name, method in tqdm(jobs, desc="cost estimate", mininterval=1, leave=False):
+        shards = _shards(models[name], dataset, method, seed, {})
+        missing = sum(len(targets) for key, _, targets in shards if not stored_at("attribution", key).exists())
+        seconds = 0.0
+        if missing:
+            few = slice(0, probe)
+            result = explain(models[name], dataset.images[few], dataset.labels[few], method)
+            seconds = result.record["seconds"] / len(result.maps) * missing
+        rows.append((name, method, missing, seconds))
+    return pd.DataFrame(rows, columns=["model", "method", "images", "seconds"])
 
 
 def all_maps(
@@ -240,7 +287,17 @@ def recognition_table(
             remember(
                 "recognition",
                 key | {"weights": model.weights_hash},
-                partial(_recognize, model, dataset, values, fractions, settings.patch, key["fill"], complement, settings.seed),
+                partial(
+                    _recognize,
+                    model,
+                    dataset,
+                    values,
+                    fractions,
+                    settings.patch,
+                    key["fill"],
+                    complement,
+                    settings.seed,
+                ),
             )
             for model in targets.values()
         ]
@@ -278,8 +335,15 @@ def masked_accuracy(run: Run) -> pd.DataFrame:
     -------
     pd.DataFrame
         Columns ``source`` (``object_alone``), ``target``, ``image``, ``correct``.
+
+    Raises
+    ------
+    HarmonizeError
+        The data set has no masks.
     """
     data = run.dataset
+    if data.masks is None:
+        raise HarmonizeError(f"{data.name} has no masks: what models see of the object alone cannot be asked")
     images = feature_image(data.images, data.masks, "mean", mean_color(data.images))
     parts = [
         pd.DataFrame(

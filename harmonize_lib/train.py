@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save
 from scipy.stats import binomtest
 from torch import Tensor, nn
@@ -25,12 +26,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "resnet": {"learning_rate": 4e-3, "bf16": True},
     "vgg": {"learning_rate": 4e-3, "bf16": True},
     "mobilenet": {"learning_rate": 4e-3, "bf16": False},
-    "convnext": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "muon": 0.02},
+    "convnext": {"learning_rate": 1e-3, "bf16": True, "batch_size": 64, "muon": 0.01},
     "vit": {"learning_rate": 2e-3, "bf16": False, "train_images": 48_000, "batch_size": 64, "epochs": 4, "muon": 0.02},
     "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},
     "mobilevit": {"learning_rate": 3e-3, "bf16": False},
 }
-COMMON = {"train_images": 12_000, "epochs": 6, "batch_size": 128, "weight_decay": 0.05}
+COMMON = {"train_images": 12_000, "epochs": 5, "batch_size": 128, "weight_decay": 0.05}
 COMMONALITY_OBJECT = shapes.OBJECTS[0]
 TEST_IMAGES = 5_000
 
@@ -56,7 +57,9 @@ def parse_name(name: str) -> tuple[str, dict[str, Any], int]:
     """
     match = re.fullmatch(r"([a-z]+)-(obj|scene|scene_only|scene_k(\d+))(?:-s(\d+))?", name)
     if match is None or match[1] not in ARCHITECTURES:
-        raise HarmonizeError(f"{name!r} is no zoo name: write ARCHITECTURE-LABELS[-sSEED], e.g. resnet-obj or vit-scene-s1")
+        raise HarmonizeError(
+            f"{name!r} is no zoo name: write ARCHITECTURE-LABELS[-sSEED], e.g. resnet-obj or vit-scene-s1"
+        )
     labels: dict[str, Any] = {"labels": match[2]}
     if match[3] is not None:
         labels = {"labels": "scene", "commonality": int(match[3]), "object": COMMONALITY_OBJECT}
@@ -90,12 +93,14 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     data = load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels)
     start = time.monotonic()
     torch.manual_seed(seed)  # initial weights and drop path; the order of images has its own generator
-    network = ARCHITECTURES[architecture](len(data.classes)).to(place, memory_format=torch.channels_last)
+    network = ARCHITECTURES[architecture](len(data.classes)).to(memory_format=torch.channels_last).to(place)
     _initialize(network)
     _fit(network, data, recipe, seed, paths.CACHE / "training" / name, place, quiet)
     state = {key: _half(value) for key, value in network.state_dict().items()}
     weights = save(state)
-    network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    network.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    )
     model = Model(network, name, architecture, data.classes, input_size=(64, 64)).to(place)
     test = load_dataset("shapes-on-scenes", "test", TEST_IMAGES, **labels)
     correct = int((predict(model, test.images) == test.labels).sum())
@@ -119,19 +124,21 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     }
     write_atomic(folder / entry["file"], weights)
     path = folder / "manifest.json"
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    entries[name] = entry
-    write_atomic(path, json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    paths.CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.CACHE / "manifest.lock"):
+        entries = json.loads(path.read_text()) if path.exists() else {}
+        entries[name] = entry
+        write_atomic(path, json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
     return entry
 
 
-def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+def predict(model: Model, images: Tensor, batch_size: int = 256) -> Tensor:
     """Predicted class of every image.
 
     Parameters
     ----------
-    model : nn.Module
-        A ``Model``.
+    model : Model
+        The model.
     images : Tensor
         (N, C, H, W) uint8.
     batch_size : int
@@ -149,9 +156,13 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
 def _optimizers(network: nn.Module, recipe: dict[str, Any]) -> list[torch.optim.Optimizer]:
     """AdamW; where the recipe says so, Muon for the matrices inside the network."""
     inner = {
-        f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Linear) and "head" not in name
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and "head" not in name
     }
-    muon, decayed, rest = [], [], []
+    muon: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         (muon if "muon" in recipe and name in inner else decayed if parameter.ndim > 1 else rest).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
@@ -182,19 +193,20 @@ def _fit(
     quiet: bool,
 ) -> None:
     """Cross-entropy with random left-right flips; rates rise over the first tenth, then fall linearly to zero."""
-    steps = len(data) // recipe["batch_size"]
+    steps: int = len(data) // recipe["batch_size"]
     total = steps * recipe["epochs"]
     optimizers = _optimizers(network, recipe)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(10 * (step + 1), total - step) / total)
         for optimizer in optimizers
     ]
+    moving: list[Any] = [*optimizers, *schedules]
     checkpoint = checkpoints / "state.pt"
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         network.load_state_dict(saved["network"])
-        for part, state in zip([*optimizers, *schedules], saved["parts"], strict=True):
+        for part, state in zip(moving, saved["parts"], strict=True):
             part.load_state_dict(state)
         torch.set_rng_state(saved["rng"].cpu())
         first = saved["epoch"] + 1
@@ -218,7 +230,7 @@ def _fit(
             network.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            for part in (*optimizers, *schedules):
+            for part in moving:
                 part.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -226,7 +238,7 @@ def _fit(
         torch.save(
             {
                 "network": network.state_dict(),
-                "parts": [part.state_dict() for part in (*optimizers, *schedules)],
+                "parts": [part.state_dict() for part in moving],
                 "rng": torch.get_rng_state(),
                 "epoch": epoch,
             },

@@ -130,8 +130,15 @@ def recognition(
     sides = (False, True) if complement else (False,)
     parts = [
         recognize(
-            networks, dataset, _scores(maps[key] if key in given else floor, key, dataset.images),
-            fractions, patch, fill, sides, seed, batch_size,
+            networks,
+            dataset,
+            _scores(maps[key] if key in given else floor, key, dataset.images),
+            fractions,
+            patch,
+            fill,
+            sides,
+            seed,
+            batch_size,
         )
         for key in keys
     ]

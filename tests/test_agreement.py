@@ -51,8 +51,7 @@ def test_spearman_equals_scipy(levels):
 def test_ssim_equals_skimage():
     a, b = random_pair(side=20)
     u, v = (
-        (m - m.amin((1, 2), True)) / (m.amax((1, 2), True) - m.amin((1, 2), True))
-        for m in (a.double(), b.double())
+        (m - m.amin((1, 2), True)) / (m.amax((1, 2), True) - m.amin((1, 2), True)) for m in (a.double(), b.double())
     )
     expected = [structural_similarity(x.numpy(), y.numpy(), data_range=1) for x, y in zip(u, v, strict=True)]
     assert np.allclose(ssim(a, b), expected, atol=1e-6)
@@ -63,9 +62,7 @@ def test_ssim_equals_skimage():
 def test_top_measures_equal_the_definitions(measure, fraction):
     a, b = random_pair()
     k = max(1, round(fraction * 81))
-    expected = [
-        literal_top(measure, x.flatten().numpy(), y.flatten().numpy(), k) for x, y in zip(a, b, strict=True)
-    ]
+    expected = [literal_top(measure, x.flatten().numpy(), y.flatten().numpy(), k) for x, y in zip(a, b, strict=True)]
     assert np.allclose(measure(a, b, fraction), expected, atol=1e-6)
 
 
@@ -90,10 +87,7 @@ def test_known_answers():
         assert measure(a, a).item() == pytest.approx(1)
     assert ssim(a, 3 * a + 2).item() == pytest.approx(1) and ssim(a, -a).item() < 0
     assert topk_iou(a, -a).item() == 0
-    assert (
-        feature_agreement(a, -a).item() == rank_agreement(a, -a).item() == 1
-        and sign_agreement(a, -a).item() == 0
-    )
+    assert feature_agreement(a, -a).item() == rank_agreement(a, -a).item() == 1 and sign_agreement(a, -a).item() == 0
     b = a.clone()
     b.view(-1)[62], b.view(-1)[63] = a.view(-1)[63], a.view(-1)[62]
     assert rank_agreement(a, b, 4 / 64).item() == 0.5 and feature_agreement(a, b, 4 / 64).item() == 1

@@ -15,13 +15,13 @@ from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import ARCHITECTURES
 
 QUICK: dict[str, dict[str, Any]] = {
-    "smoothgrad": {"samples": 3},
-    "smoothgrad_squared": {"samples": 3},
-    "integrated_gradients": {"steps": 3, "max_steps": 6},
+    "smoothgrad": {"samples": 2},
+    "smoothgrad_squared": {"samples": 2},
+    "integrated_gradients": {"steps": 2, "max_steps": 4},
     "integrated_gradients_smoothgrad": {"steps": 2, "samples": 2},
-    "expected_gradients": {"samples": 3},
-    "occlusion": {"patch": 16, "stride": 16},
-    "rise": {"masks": 8},
+    "expected_gradients": {"samples": 2},
+    "occlusion": {"patch": 32, "stride": 32},
+    "rise": {"masks": 4},
 }
 RELU_RULES = {"guided_backprop", "deeplift", "guided_grad_cam"}
 REFUSED = {
@@ -40,10 +40,6 @@ def run(model: nn.Module, method: str, index: Any = slice(None), **options: Any)
     images, targets = tiny.shapes5()
     generator = torch.Generator().manual_seed(7)
     return explain(model, images[index], targets[index], method, generator, **QUICK.get(method, {}), **options)
-
-
-def assert_same(maps: Tensor, other: Tensor) -> None:
-    assert (maps - other).abs().amax((1, 2)).le(1e-6 * maps.abs().amax((1, 2))).all()
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -100,8 +96,7 @@ def test_reason_names_the_culprit(name: str, method: str, culprit: str) -> None:
 
 @pytest.mark.parametrize(("name", "method"), RUNS)
 def test_conformance(name: str, method: str) -> None:
-    """In double precision: in single, rounding that differs by batch size flips a unit of a ReLU network at times."""
-    model = tiny.model(name, torch.float64)
+    model = tiny.model(name)
     images, targets = tiny.shapes5()
     before, pixels, rng = state_of(model), images.clone(), torch.get_rng_state()
     result = run(model, method)
@@ -111,7 +106,6 @@ def test_conformance(name: str, method: str) -> None:
     assert result.maps.isfinite().all() and result.maps.flatten(1).any(1).all()
     with torch.no_grad():
         logits = model(model.preprocess(images))
-    logits = logits.float()
     torch.testing.assert_close(result.logit, logits[torch.arange(5), targets])
     torch.testing.assert_close(result.probability, logits.softmax(1)[torch.arange(5), targets])
     assert (result.completeness_gap is not None) == METHODS[method].completeness
@@ -119,9 +113,15 @@ def test_conformance(name: str, method: str) -> None:
     assert state_of(model) == before
     assert torch.equal(images, pixels) and torch.equal(torch.get_rng_state(), rng)
 
-    assert_same(result.maps, torch.cat([run(model, method, slice(i, i + 1)).maps for i in range(5)]))
-    assert_same(result.maps, run(model, method, torch.arange(4, -1, -1)).maps.flip(0))
-    assert_same(result.maps, run(model, method, batch_size=3).maps)
+
+@pytest.mark.parametrize(("name", "method"), RUNS)
+def test_shuffled_batches_equal_one_by_one(name: str, method: str) -> None:
+    """In double precision: in single, rounding that differs by batch size flips a unit of a ReLU network at times."""
+    model = tiny.model(name, torch.float64)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    together = run(model, method, order, batch_size=3).maps
+    alone = torch.cat([run(model, method, order[i : i + 1]).maps for i in range(5)])
+    assert (together - alone).abs().amax((1, 2)).le(1e-6 * alone.abs().amax((1, 2))).all()
 
 
 @pytest.mark.parametrize(("name", "method"), RUNS)
@@ -158,9 +158,7 @@ def test_recorded_gap_is_what_the_map_misses(name: str, method: str) -> None:
     if method == "integrated_gradients":
         steps = result.record["steps"]
         done = [gap <= 0.01 for gap in result.record["relative_gap"]]
-        assert all(
-            ok or n == 6 for ok, n in zip(done, steps if isinstance(steps, list) else [steps] * 5, strict=True)
-        )
+        assert all(ok or n == 4 for ok, n in zip(done, steps if isinstance(steps, list) else [steps] * 5, strict=True))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].stochastic])
@@ -217,17 +215,17 @@ def test_record_says_how_it_was_made() -> None:
     assert record["method"] == "integrated_gradients" and record["version"] == 1
     assert record["options"] == {
         "baseline": "mean",
-        "steps": 3,
+        "steps": 2,
         "rule": "gausslegendre",
         "tolerance": 0.01,
-        "max_steps": 6,
+        "max_steps": 4,
     }
     assert (record["reduction"], record["baseline"], record["quadrature"]) == ("sum", "mean", "gausslegendre")
     assert record["seconds"] > 0 and record["model"] == "tiny" and record["batch_size"] == 128
     images, targets = tiny.shapes5()
     options = explain(model, images[:1], targets[:1], "occlusion").record["options"]
     assert (options["patch"], options["stride"]) == (8, 4)
-    assert run(model, "rise").record["steps"] == 8
+    assert run(model, "rise").record["steps"] == 4
     assert run(model, "grad_cam").record["grid"] == [8, 8]
     assert "bilinear" in run(model, "grad_cam").record["upsampling"]
 
@@ -367,6 +365,8 @@ def test_edges_control_is_sobel_energy() -> None:
         return float(light[n, min(max(row, 0), 63), min(max(column, 0), 63)])
 
     for n, row, column in [(0, 0, 0), (1, 30, 30), (2, 63, 17), (4, 12, 63)]:
-        across = sum(w * (at(n, row + d, column + 1) - at(n, row + d, column - 1)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+        across = sum(
+            w * (at(n, row + d, column + 1) - at(n, row + d, column - 1)) for d, w in ((-1, 1), (0, 2), (1, 1))
+        )
         down = sum(w * (at(n, row + 1, column + d) - at(n, row - 1, column + d)) for d, w in ((-1, 1), (0, 2), (1, 1)))
         assert float(maps[n, row, column]) == pytest.approx((across**2 + down**2) / 64, rel=1e-3, abs=1e-9)

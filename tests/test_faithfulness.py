@@ -110,9 +110,7 @@ def test_ends_are_the_image_and_the_fill(case):
 def test_insertion_of_the_top_is_deletion_of_the_bottom_backwards(case):
     model, images, targets, maps = case
     inserted = insertion(model, images, targets, maps, steps=12, fill="mean")
-    assert torch.allclose(
-        inserted, deletion(model, images, targets, maps, steps=12, order="lerf").flip(1), atol=1e-6
-    )
+    assert torch.allclose(inserted, deletion(model, images, targets, maps, steps=12, order="lerf").flip(1), atol=1e-6)
 
 
 def test_one_pixel_decides():
