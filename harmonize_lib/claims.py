@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +144,7 @@ def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
         claim = CLAIMS[name]
-        verdict = claim.judge(interval) if interval.n > 0 else UNTESTABLE
+        verdict = claim.judge(interval) if interval.n > 0 and not math.isnan(interval.mean) else UNTESTABLE
         numbers = [f"{value:.4f}" for value in interval[:3]]
         rows.append([name, *claim[:4], *numbers, interval.n, verdict, folder.name])
     table = pd.DataFrame(rows, columns=list(COLUMNS))

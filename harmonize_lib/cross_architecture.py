@@ -246,7 +246,8 @@ def agreement_table(run: Run, maps: Maps, relatives: Mapping[str, Maps]) -> pd.D
         Columns ``measure``, ``pair``, ``method``, ``models``, ``image``, ``agreement``; NaN where undefined.
     """
     parts = []
-    for method in dict.fromkeys(method for _, method in maps):
+    methods = list(dict.fromkeys(method for _, method in maps))
+    for method in methods:
         named = [
             (name, name, "other architecture", maps[name, method]) for name in run.models if (name, method) in maps
         ]
@@ -263,7 +264,9 @@ def agreement_table(run: Run, maps: Maps, relatives: Mapping[str, Maps]) -> pd.D
                     "image": run.dataset.ids,
                 }
                 parts.append(pd.DataFrame(columns | {"agreement": _agreement(run, a, b, measure)}))
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    orders = {"measure": list(MEASURES), "pair": ["other architecture", *relatives], "method": methods}
+    return table.assign(**{name: pd.Categorical(table[name], order) for name, order in orders.items()})
 
 
 def agreement_matrix(run: Run, agreement: pd.DataFrame) -> pd.DataFrame:

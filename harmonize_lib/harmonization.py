@@ -694,6 +694,53 @@ def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, 
     }
 
 
+def findings(run: Run, overall: pd.DataFrame, alike: pd.DataFrame, shortcut: pd.DataFrame, kinds: pd.DataFrame) -> str:
+    """Say what the tables show, beyond the ledger.
+
+    Parameters
+    ----------
+    run : Run
+        Gives rule and seed.
+    overall : pd.DataFrame
+        From :func:`compare` without groups.
+    alike : pd.DataFrame
+        From :func:`consistency`.
+    shortcut : pd.DataFrame
+        From :func:`shortcut_scores`.
+    kinds : pd.DataFrame
+        From :func:`pooling_scores`.
+
+    Returns
+    -------
+    str
+        Markdown, one line per finding: mean difference, interval, n, and p (Holm-corrected where it is of a family).
+    """
+    seed, lines = run.settings.seed, []
+
+    def say(what: str, i: Interval) -> None:
+        if i.n:
+            lines.append(f"- {what}: {i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}], n = {i.n}, p = {i.p:.4f}.")
+
+    for rule in (run.settings.rule, CHOSEN):
+        rows = overall[overall["rule"] == rule]
+        for row in rows.itertuples():
+            difference = Interval(row.mean, row.low, row.high, int(row.n), row.holm)
+            say(f"Consensus ({label(rule)}) minus {row.against}, {row.outcome}", difference)
+    names = list(alike["pair"].unique())
+    for name in names[1:]:
+        for column, measure in (("spearman", "Spearman correlation"), ("topk_iou", "top-10 % overlap")):
+            say(f"{measure}: {name} minus {names[0]}", paired(alike, "pair", name, names[0], column, seed))
+    for labels in shortcut["trained"].unique():
+        some = shortcut[shortcut["trained"] == labels]
+        difference = paired(some, "map", "consensus", "single", "relevance_rank", seed)
+        say(f"Relevance rank on the object, models trained for {labels}: consensus minus single", difference)
+    for models in kinds["models"].unique():
+        some = kinds[kinds["models"] == models]
+        difference = paired(some, "methods", "all methods", "one method", "correct", seed)
+        say(f"Recognition, maps of {models}: all methods pooled minus one method", difference)
+    return "\n".join(lines)
+
+
 def draw_outcomes(table: pd.DataFrame, y: str, hue: str | None, title: str) -> Figure:
     """Paired differences side by side: one panel per outcome.
 
@@ -725,6 +772,34 @@ def draw_outcomes(table: pd.DataFrame, y: str, hue: str | None, title: str) -> F
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=groups)
     figure.suptitle(title, fontweight="bold", fontsize="medium", x=0.01, ha="left")
     return figure
+
+
+def draw_shortcut(run: Run, shortcut: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Where single maps and consensuses look, by what the models were trained for.
+
+    Parameters
+    ----------
+    run : Run
+        Gives masks and seed.
+    shortcut : pd.DataFrame
+        From :func:`shortcut_scores`.
+
+    Returns
+    -------
+    tuple[Figure, pd.DataFrame]
+        The figure and its table: ``pool``, ``method``, ``mean``, ``low``, ``high``, ``n``.
+    """
+    named = shortcut.assign(pool="trained for " + shortcut["trained"] + ": " + shortcut["map"])
+    named["method"] = named["method"].map(label)
+    table = summarize(named, ["pool", "method"], "relevance_rank", run.settings.seed)
+    table = table.sort_values("pool", ascending=False, kind="stable")
+    figure, ax = plt.subplots(figsize=(7, 2.6))
+    forest(ax, table, "method", "Where object and scene models look", "relevance rank on the object", "pool")
+    if run.dataset.masks is not None:
+        ax.axvline(float(run.dataset.masks.float().mean()), color="0.5", ls="--", lw=1)
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure, table
 
 
 def panels(run: Run, maps: Maps, target: str, method: str, images: Sequence[int]) -> list[list[tuple[Tensor, str]]]:

@@ -32,11 +32,11 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    dataset: str = Field("shapes-on-scenes", description="data set: shapes-on-scenes or imagefolder:DIR")
+    dataset: str = Field("shapes-on-scenes", description="shapes-on-scenes, or imagefolder:DIR")
     n_images: int = Field(200, ge=2, le=100_000, description="test images explained")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: str = Field("auto", description="auto, cpu or cuda")
-    output: str = Field("", description="folder for the figures; empty: figures/ of the repository")
+    output: str = Field("", description="folder for the figures, empty for the one of the repository")
 
 
 class Study(Parameters):
@@ -45,7 +45,7 @@ class Study(Parameters):
     models: list[str] = Field(
         [f"{name}-obj" for name in ARCHITECTURES],
         min_length=2,
-        description="zoo names, timm:TAG?option=value, or python:module:callable",
+        description="zoo names, timm tags or python callables, as load_model takes them",
     )
     methods: list[str] = Field(STUDY_METHODS, min_length=1, description="attribution methods")
 
@@ -71,7 +71,7 @@ class AttributionExtraction(Study):
     n_images: int = Field(50, ge=2, le=100_000, description="test images explained")
     methods: list[str] = Field(list(METHODS), min_length=1, description="attribution methods, controls included")
     n_shown: int = Field(3, ge=1, le=8, description="images in the gallery of maps")
-    n_timed: int = Field(4, ge=1, le=1000, description="least number of images of a throughput measurement")
+    n_timed: int = Field(2, ge=1, le=1000, description="least number of images of a throughput measurement")
 
 
 class FeatureImages(Patches):

@@ -62,6 +62,14 @@ LABELS = {
     "crh": "Truth discovery",
     "geometric": "Geometric mean",
     "partial_order": "Partial order",
+    "relevance_mass": "Relevance mass",
+    "relevance_rank": "Relevance rank",
+    "pointing_game": "Pointing game",
+    "mask_iou": "Mask IoU",
+    "average_precision": "Average precision",
+    "insertion": "Insertion",
+    "deletion": "Deletion",
+    "road": "ROAD, LeRF − MoRF",
 }
 
 
@@ -234,9 +242,11 @@ def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[s
         The figure.
     """
     columns = max(len(row) for row in rows)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(width * columns + 0.5, (width + 0.12) * len(rows)), squeeze=False
-    )
+    label_width = 0.075 * max(len(line) for name in row_labels for line in name.split("\n"))
+    titled = sum(any(title for _, title in row) for row in rows)
+    size = (width * columns + label_width, (width + 0.02) * len(rows) + 0.2 * titled)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     for line, row, name in zip(axes, rows, row_labels, strict=True):
         for ax in line[len(row) :]:
             ax.set_visible(False)
@@ -271,9 +281,9 @@ def matrix(
     table : pd.DataFrame
         One row per cell.
     index : str
-        Column whose values are the rows, in order of appearance.
+        Column whose values are the rows, in the order of its categories or of appearance.
     columns : str
-        Column whose values are the columns, in order of appearance.
+        Column whose values are the columns, likewise.
     values : str
         Column of the numbers.
     title : str
@@ -286,7 +296,7 @@ def matrix(
         Label of the color bar; empty draws none.
     """
     grid = table.pivot_table(index=index, columns=columns, values=values, observed=True)
-    grid = grid.reindex(index=list(dict.fromkeys(table[index])), columns=list(dict.fromkeys(table[columns])))
+    grid = grid.reindex(index=_in_order(table[index]), columns=_in_order(table[columns]))
     grid.index, grid.columns = [label(str(name)) for name in grid.index], [label(str(name)) for name in grid.columns]
     low, high = limits
     sns.heatmap(
@@ -307,6 +317,12 @@ def matrix(
     ax.tick_params(axis="y", rotation=0)
     for text in ax.get_xticklabels():
         text.set_horizontalalignment("right")
+
+
+def _in_order(names: pd.Series) -> list[str]:
+    """Distinct names: in the order of the categories where there are any, else of appearance."""
+    there = list(dict.fromkeys(names))
+    return [name for name in names.cat.categories if name in there] if hasattr(names, "cat") else there
 
 
 def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls: Sequence[str] = ()) -> None:
@@ -384,7 +400,8 @@ def forest(ax: Axes, table: pd.DataFrame, y: str, title: str, xlabel: str, hue: 
         )
     ax.axvline(0, color="0.3", lw=0.8)
     ax.set(title=title, xlabel=xlabel, yticks=range(len(names)), yticklabels=[label(str(name)) for name in names])
-    ax.invert_yaxis()
+    if not ax.yaxis_inverted():
+        ax.invert_yaxis()
 
 
 def tiles(
@@ -408,9 +425,9 @@ def tiles(
     table : pd.DataFrame
         One row per cell.
     index : str
-        Column whose values are the rows, in order of appearance.
+        Column whose values are the rows, in the order of its categories or of appearance.
     columns : str
-        Column whose values are the columns, in order of appearance.
+        Column whose values are the columns, likewise.
     values : str
         Column of the numbers that give the colors.
     title : str
@@ -445,6 +462,7 @@ def tiles(
         yticklabels=[label(str(name)) for name in rows],
     )
     ax.set_facecolor("0.88")
+    ax.grid(visible=False)
     ax.set(title=title, xlabel="", ylabel="")
     ax.tick_params(axis="x", rotation=40)
     ax.tick_params(axis="y", rotation=0)
@@ -478,4 +496,55 @@ def stacked(ax: Axes, table: pd.DataFrame, y: str, parts: Mapping[str, str], tit
         left += counts
     ax.set(title=title, xlabel=xlabel, yticks=range(len(table)), yticklabels=[label(str(name)) for name in table[y]])
     ax.grid(axis="y", visible=False)
-    ax.invert_yaxis()
+    if not ax.yaxis_inverted():
+        ax.invert_yaxis()
+
+
+def small_forests(
+    axes: Sequence[Axes],
+    table: pd.DataFrame,
+    single: pd.DataFrame,
+    panel: str,
+    y: str,
+    panels: Sequence[str],
+    names: Sequence[str],
+    controls: Sequence[str],
+) -> None:
+    """Estimates with intervals side by side, one panel per measure; gray marks are its parts, lines the controls.
+
+    Parameters
+    ----------
+    axes : Sequence[Axes]
+        One per panel.
+    table : pd.DataFrame
+        Columns ``panel``, ``y``, ``mean``, ``low``, ``high``.
+    single : pd.DataFrame
+        Columns ``panel``, ``y``, ``mean``: what the means are made of.
+    panel : str
+        Column that chooses the panel.
+    y : str
+        Column on the vertical axis.
+    panels : Sequence[str]
+        Values of ``panel``, left to right.
+    names : Sequence[str]
+        Values of ``y`` that get a row, top to bottom.
+    controls : Sequence[str]
+        Values of ``y`` that are drawn as lines.
+    """
+    places = {name: place for place, name in enumerate(names)}
+    dashes = dict(zip(controls, ("--", ":", "-.", (0, (1, 3))), strict=False))
+    for ax, measure in zip(axes, panels, strict=True):
+        means = table[table[panel] == measure].set_index(y)
+        parts = single[(single[panel] == measure) & single[y].isin(names)]
+        ax.plot(parts["mean"], [places[name] for name in parts[y]], "|", color="0.6", ms=6)
+        for name, dash in dashes.items():
+            ax.axvline(means.loc[name, "mean"], color="0.35", ls=dash, lw=1, label=label(name))
+        shown = means.loc[list(names)]
+        error = np.abs(shown[["low", "high"]].to_numpy().T - shown["mean"].to_numpy())
+        ax.errorbar(shown["mean"], range(len(names)), xerr=error, fmt="o", ms=4, lw=1.4, color=sns.color_palette()[0])
+        ax.set_title(label(measure), fontsize=8)
+        ax.set(yticks=range(len(names)), yticklabels=[label(name) for name in names] if ax is axes[0] else [])
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.tick_params(axis="x", labelsize=7)
+    lines, texts = axes[-1].get_legend_handles_labels()
+    axes[-1].figure.legend(lines, texts, loc="outside upper right", ncols=len(texts), fontsize=7)

@@ -238,14 +238,15 @@ def summarize(table: pd.DataFrame, by: Sequence[str], value: str, seed: int, uni
     Returns
     -------
     pd.DataFrame
-        Columns ``by``, ``mean``, ``low``, ``high``, ``n``.
+        Columns ``by`` (categories and their order are kept), ``mean``, ``low``, ``high``, ``n``.
     """
     per_unit = table.groupby([*by, unit], observed=True, sort=True)[value].mean()
     rows = []
     for group, values in per_unit.groupby(level=list(range(len(by))), observed=True, sort=False):
         names = group if isinstance(group, tuple) else (group,)
         rows.append((*names, *bootstrap_interval(values.to_numpy(float), seed)[:4]))
-    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+    result = pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+    return result.astype({name: table[name].dtype for name in by if isinstance(table[name].dtype, pd.CategoricalDtype)})
 
 
 def ratio_interval(

@@ -25,7 +25,7 @@ from harmonize_lib.storage import sha256_bytes, write_atomic
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet": {"learning_rate": 4e-3, "bf16": True},
     "vgg": {"learning_rate": 4e-3, "bf16": True},
-    "mobilenet": {"learning_rate": 4e-3, "bf16": False},
+    "mobilenet": {"learning_rate": 4e-3, "bf16": False, "train_images": 20_000, "epochs": 4},
     "convnext": {"learning_rate": 1e-3, "bf16": True, "batch_size": 64, "muon": 0.01},
     "vit": {"learning_rate": 2e-3, "bf16": False, "train_images": 48_000, "batch_size": 64, "epochs": 4, "muon": 0.02},
     "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},

@@ -118,9 +118,9 @@ def test_conformance(name: str, method: str) -> None:
 def test_shuffled_batches_equal_one_by_one(name: str, method: str) -> None:
     """In double precision: in single, rounding that differs by batch size flips a unit of a ReLU network at times."""
     model = tiny.model(name, torch.float64)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    together = run(model, method, order, batch_size=3).maps
-    alone = torch.cat([run(model, method, order[i : i + 1]).maps for i in range(5)])
+    order = torch.tensor([4, 0, 2])
+    together = run(model, method, order, batch_size=2).maps
+    alone = torch.cat([run(model, method, order[i : i + 1]).maps for i in range(3)])
     assert (together - alone).abs().amax((1, 2)).le(1e-6 * alone.abs().amax((1, 2))).all()
 
 

@@ -65,4 +65,4 @@ class Linear(nn.Module):
         return self.head(x.flatten(1))
 
     def weight_of(self, target: int, like: Tensor) -> Tensor:
-        return self.head.weight[target].detach().view(like.shape[1:])
+        return self.head.weight[target].detach().view(like.shape[-3:])
