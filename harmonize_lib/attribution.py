@@ -69,7 +69,7 @@ class Method:
     defined : Callable[[nn.Module], str | None]
         The reason why the method is not defined for a model, from its modules.
     patches : bool
-        Replaces rules inside the network; what it cannot reach shows only in a pass.
+        Reaches into the network; what it cannot reach shows only in a pass.
     stochastic : bool
         Draws random numbers.
     version : int
@@ -107,7 +107,7 @@ METHODS: dict[str, Method] = {
     "guided_grad_cam": Method(cam.guided_grad_cam, "sum", defined=cam.guided_grad_cam_reason, patches=True),
     "occlusion": Method(perturbation.occlusion),
     "rise": Method(perturbation.rise, stochastic=True),
-    "attention_rollout": Method(cam.attention_rollout, defined=cam.rollout_reason),
+    "attention_rollout": Method(cam.attention_rollout, defined=cam.rollout_reason, patches=True),
     "random": Method(controls.random, stochastic=True),
     "center": Method(controls.center),
     "edges": Method(controls.edges),
@@ -143,8 +143,8 @@ def refusal(model: nn.Module, method: str) -> str | None:
     Returns
     -------
     str or None
-        The reason; None where the method runs. A method that replaces rules inside the network is tried on one
-        random image where the model tells its input size (``Model`` does).
+        The reason; None where the method runs. A method that reaches into the network is tried on one random image
+        where the model tells its preprocessing (``Model`` does).
 
     Raises
     ------

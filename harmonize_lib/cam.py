@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.gradients import guided_backprop, guided_reason
 from harmonize_lib.models import Geometry, Model
 from harmonize_lib.tasks import Result, Task, logits_of, pick
@@ -129,7 +130,7 @@ def attention_rollout(task: Task) -> Result:
     """Attention followed from the tokens the head reads down to the patches.
 
     Heads are averaged, the residual stream counts half, and the layers' matrices are multiplied. The target plays no
-    part. The head reads the class token, or the mean of the patch tokens.
+    part. The head reads the class token (two of them in distilled networks), or the mean of the patch tokens.
 
     Parameters
     ----------
@@ -149,9 +150,13 @@ def attention_rollout(task: Task) -> Result:
     layers: list[Tensor] = []
     with torch.no_grad(), _open_attention(network, layers):
         logits = logits_of(task.model, task.x)
+    tokens = geometry.prefix_tokens + geometry.grid[0] * geometry.grid[1]
+    if not layers or any(attention.shape[1:] != (tokens, tokens) for attention in layers):
+        raise HarmonizeError(f"attention rollout needs attention among all {tokens} tokens in every layer")
     flow = torch.zeros_like(layers[0][:, :1])
     if getattr(network, "global_pool", None) == "token":
-        flow[:, :, 0] = 1
+        read = 2 if hasattr(network, "head_dist") else 1
+        flow[:, :, :read] = 1 / read
     else:
         flow[:, :, geometry.prefix_tokens :] = 1 / (flow.shape[2] - geometry.prefix_tokens)
     for attention in reversed(layers):
@@ -192,7 +197,8 @@ def rollout_reason(model: nn.Module) -> str | None:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__ and "Pool" not in type(module).__name__
+    name = type(module).__name__
+    return name.endswith("Attn") or ("Attention" in name and "Pool" not in name)
 
 
 def _inside(task: Task) -> tuple[nn.Module, Geometry]:

@@ -42,7 +42,7 @@ CURVES: dict[str, Callable[..., Tensor]] = {
 NO_MODEL = "none"
 LOCALIZATION_VERSION = 1
 CURVES_VERSION = 1
-NEAR = 1e-9  # slack when a recall is a whole number of pixels
+NEAR = 0.01  # of a pixel: recalls come in float32
 
 SCHEMA = pa.DataFrameSchema(
     {

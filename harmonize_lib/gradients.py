@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, activations
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,10 +36,16 @@ LINEAR = (
     "Conv1d Conv2d ConvTranspose2d Linear BatchNorm1d BatchNorm2d AvgPool2d AdaptiveAvgPool2d Upsample ZeroPad2d "
     "Identity Flatten Unflatten Dropout Dropout2d"
 )
-PATCHED = (*(getattr(nn, name) for name in ACTIVATIONS.split()), nn.MaxPool2d)
+PATCHED = (
+    *(getattr(nn, name) for name in ACTIVATIONS.split()),
+    *(kind for kind in vars(activations).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
+    nn.MaxPool2d,
+)
 AFFINE = (*(getattr(nn, name) for name in LINEAR.split()), FastAdaptiveAvgPool, DropPath)
 NONLINEAR = re.compile("elu|silu|swish|mish|sigmoid|tanh|softmax|softplus|scaleddot|clamp|threshold|^erf$|^exp$")
 NEAR = 1e-6  # below this difference of inputs DeepLIFT's ratio is the gradient
+WITHOUT_RULE = re.compile(f"{NONLINEAR.pattern}|layernorm|groupnorm|^pow|sqrt|max")
+PRODUCTS = ("mul", "div", "mm", "bmm", "addmm", "baddbmm")  # of two values that both depend on the input
 COMPLETENESS = 1e-3  # relative gap above which DeepLIFT met an operation it has no rule for
 
 
@@ -367,7 +373,7 @@ def guided_backprop(task: Task) -> Result:
     x = task.x.detach().requires_grad_()
     with _hooks(task.model, (nn.ReLU, nn.ReLU6), hook):
         logits = logits_of(task.model, x)
-    names = [name for name in _operations(logits) if NONLINEAR.search(name)]
+    names = [name for name, _ in _operations(logits, x) if NONLINEAR.search(name)]
     others = [name for name in names if name not in ("relu", "hardtanh")]
     if others or len(names) > calls:
         line = f"an activation outside its modules ({others[0] if others else names[0]})"
@@ -440,8 +446,14 @@ def deeplift(task: Task, *, baseline: str | Tensor = "mean") -> Result:
     with torch.no_grad(), _hooks(task.model, PATCHED, keep):
         empty = logits_of(task.model, start)
     queue = iter(before)
+    x = task.x.detach().requires_grad_()
     with _hooks(task.model, PATCHED, replace):
-        slope, logits = gradient(task.model, task.x, task.targets)
+        logits = logits_of(task.model, x)
+    for name, inputs in _operations(logits, x):
+        if WITHOUT_RULE.search(name) or (name in PRODUCTS and inputs > 1):
+            raise HarmonizeError(f"DeepLIFT has no rule for what this network does outside its modules: {name}")
+    (slope,) = torch.autograd.grad(pick(logits, task.targets).sum(), x)
+    logits = logits.detach()
     attributions = (task.x - start) * slope
     difference = pick(logits, task.targets) - pick(empty, task.targets)
     missing = _total(attributions) - difference
@@ -449,7 +461,7 @@ def deeplift(task: Task, *, baseline: str | Tensor = "mean") -> Result:
     worst = (missing.abs() - rounding) / difference.abs().clamp(min=1e-6)
     if float(worst.max()) > COMPLETENESS:
         line = f"deeplift misses f(x) - f(baseline) by {float(worst.max()):.1%}"
-        raise HarmonizeError(f"{line}: the network multiplies activations or applies functions outside its modules")
+        raise HarmonizeError(f"{line}: the network holds an operation that the Rescale rule does not cover")
     return Result(attributions, logits, missing, difference)
 
 
@@ -583,16 +595,31 @@ def _hooks(model: nn.Module, kinds: tuple[type[nn.Module], ...], hook: Callable[
             handle.remove()
 
 
-def _operations(output: Tensor) -> list[str]:
-    """Lower-case names of the operations in the graph behind a tensor."""
-    todo, seen, names = [output.grad_fn], set(), []
+def _operations(output: Tensor, x: Tensor) -> list[tuple[str, int]]:
+    """Operations that lead from x to the output: lower-case name, and how many of its inputs depend on x."""
+    parents: dict[Any, list[Any]] = {}
+    todo: list[Any] = [output.grad_fn]
     while todo:
         node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            names.append(re.sub(r"backward\d*$", "", node.name().lower()))
-            todo += [parent for parent, _ in node.next_functions]
-    return names
+        if node not in parents:
+            parents[node] = [parent for parent, _ in node.next_functions if parent is not None]
+            todo += parents[node]
+    children: dict[Any, list[Any]] = {node: [] for node in parents}
+    for node, above in parents.items():
+        for parent in above:
+            children[parent].append(node)
+    touched = set()
+    todo = [node for node in parents if getattr(node, "variable", None) is x]
+    while todo:
+        node = todo.pop()
+        if node not in touched:
+            touched.add(node)
+            todo += children[node]
+    return [
+        (re.sub(r"backward\d*$", "", node.name().lower()), sum(parent in touched for parent in parents[node]))
+        for node in parents
+        if node in touched
+    ]
 
 
 def _rescale(module: nn.Module, x: Tensor, y: Tensor, x0: Tensor, y0: Tensor) -> Tensor:

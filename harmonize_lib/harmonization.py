@@ -41,9 +41,9 @@ CHOSEN = "best rule"
 POOLED = "consensus of the others"
 OUTCOMES = {"correct": "recognition", "relevance_rank": "localization", "deletion": "deletion"}
 UNITS = {
-    "recognition": "accuracy",
-    "localization": "relevance rank",
-    "deletion": "probability taken away",
+    "recognition": "difference in accuracy",
+    "localization": "difference in relevance rank",
+    "deletion": "difference in probability lost",
 }
 TOP = 0.1  # share of the patches in the top-k overlap of two maps
 LEAST_P = 40  # sign flips per test of a family: the least p, Holm-corrected, is 1 / 40
@@ -266,6 +266,9 @@ def recognition_curves(run: Run, maps: Maps, controls: Maps, rule: str) -> pd.Da
     floor = study.recognition_table(run, controls, run.models, fractions)
     parts.append(_strings(floor).rename(columns={"source": "line"})[["line", "fraction", "image", "correct"]])
     table = pd.concat(parts, ignore_index=True)
+    table["line"] = pd.Categorical(
+        table["line"], categories=[POOLED, RANDOM, BEST, OWN, *(name for name, _ in controls)]
+    )
     return summarize(table, ["line", "fraction"], "correct", run.settings.seed)
 
 
@@ -471,7 +474,27 @@ def pool_size_scores(run: Run, maps: Maps, rule: str) -> pd.DataFrame:
                 found.append(scores["correct"][0])
             names = {"target": target, "method": method, "size": size, "image": ids}
             parts.append(pd.DataFrame(names | {"correct": np.mean(found, axis=0)}))
-    return pd.concat(parts, ignore_index=True)
+    return _ordered(pd.concat(parts, ignore_index=True), "method")
+
+
+def gain_by_size(sizes: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """What a pool gains over a single other model, paired by image.
+
+    Parameters
+    ----------
+    sizes : pd.DataFrame
+        From :func:`pool_size_scores`.
+    seed : int
+        Of bootstrap and sign flips.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``size``, ``mean``, ``low``, ``high``, ``n``, ``p``: accuracy minus that of pools of one, mean over
+        targets and methods.
+    """
+    rows = [(size, *paired(sizes, "size", size, 1, "correct", seed)) for size in sorted(sizes["size"].unique())]
+    return pd.DataFrame(rows, columns=["size", *Interval._fields])
 
 
 def pooling_scores(run: Run, maps: Maps, scores: pd.DataFrame, rule: str) -> pd.DataFrame:
@@ -491,12 +514,14 @@ def pooling_scores(run: Run, maps: Maps, scores: pd.DataFrame, rule: str) -> pd.
     Returns
     -------
     pd.DataFrame
-        Columns ``models`` (own, one other, all others), ``methods`` (one method, all methods), ``target``, ``image``,
+        Columns ``models`` (own, one other, all others), ``methods`` (one, all), ``target``, ``image``,
         ``correct``: the mean over what is not pooled.
     """
     grids, ids, parts = _grids(run, maps), run.dataset.ids, []
-    names = {"own": "own", "other": "one other", "consensus": "all others"}
-    alone = scores[(scores["kind"] != "consensus") | (scores["candidate"] == rule)]
+    names = {"own": "own model", "other": "one other model", "consensus": "all other models"}
+    alone = scores[(scores["kind"] != "consensus") | (scores["candidate"] == rule)].sort_values(
+        "kind", ascending=False, kind="stable"
+    )
     alone = alone.groupby(["kind", "target", "image"], sort=False)["correct"].mean().reset_index()
     parts.append(alone.assign(models=alone.pop("kind").map(names), methods="one method"))
 
@@ -509,12 +534,13 @@ def pooling_scores(run: Run, maps: Maps, scores: pd.DataFrame, rule: str) -> pd.
             parts.append(pd.DataFrame(cell | {"correct": found["correct"][0]}))
 
     for target, pool in tqdm(held_out_pools(_architectures(run)).items(), desc="pooling methods", mininterval=1):
-        judge(target, [target], "own")
-        judge(target, pool, "all others")
+        judge(target, [target], names["own"])
+        judge(target, pool, names["consensus"])
         for source in pool:
-            judge(target, [source], "one other")
+            judge(target, [source], names["other"])
     table = pd.concat(parts, ignore_index=True)
-    return table.groupby(["models", "methods", "target", "image"], sort=False)["correct"].mean().reset_index()
+    table = table.groupby(["models", "methods", "target", "image"], sort=False)["correct"].mean().reset_index()
+    return _ordered(table, "models", "methods")
 
 
 def consistency(run: Run, maps: Maps, rule: str, splits: int = 10) -> pd.DataFrame:
@@ -554,10 +580,12 @@ def consistency(run: Run, maps: Maps, rule: str, splits: int = 10) -> pd.DataFra
         members = torch.stack([grids[name, method] for name in firsts])
         digest = sha256_tensors({"maps": members})
         key = {"version": VERSION, "maps": digest, "rule": rule, "orders": orders, "top": TOP}
-        for name, (rho, iou) in remember("consistency", key, partial(_agree, members, rule, orders)).items():
-            cell = {"pair": names[name], "method": method, "image": run.dataset.ids}
+        found = remember("consistency", key, partial(_agree, members, rule, orders))
+        for name in (name for name in names if name in found):
+            cell, (rho, iou) = {"pair": names[name], "method": method, "image": run.dataset.ids}, found[name]
             parts.append(pd.DataFrame(cell | {"spearman": rho.numpy(), "topk_iou": iou.numpy()}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["pair", "method"])
+    empty = pd.DataFrame(columns=["pair", "method", "image", "spearman", "topk_iou"])
+    return _ordered(pd.concat(parts, ignore_index=True) if parts else empty, "pair", "method")
 
 
 def _agree(members: Tensor, rule: str, orders: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -737,7 +765,7 @@ def findings(run: Run, overall: pd.DataFrame, alike: pd.DataFrame, shortcut: pd.
     for models in kinds["models"].unique():
         some = kinds[kinds["models"] == models]
         difference = paired(some, "methods", "all methods", "one method", "correct", seed)
-        say(f"Recognition, maps of {models}: all methods pooled minus one method", difference)
+        say(f"Recognition of {models}: all methods pooled minus one method", difference)
     return "\n".join(lines)
 
 
@@ -750,7 +778,7 @@ def draw_outcomes(table: pd.DataFrame, y: str, hue: str | None, title: str) -> F
         From :func:`compare` or :func:`rules_compared`.
     y : str
         Column on the vertical axis.
-    hue : str or None
+    hue : str | None
         Column that tells groups apart.
     title : str
         What it shows.
@@ -767,6 +795,7 @@ def draw_outcomes(table: pd.DataFrame, y: str, hue: str | None, title: str) -> F
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         forest(ax, table[table["outcome"] == outcome], y, outcome.capitalize(), UNITS[outcome], hue)
         ax.grid(axis="y", visible=False)
+        ax.locator_params(axis="x", nbins=4)
         ax.set_ylim(rows - 0.5, -0.5)
     if hue:
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=groups)
@@ -830,8 +859,8 @@ def panels(run: Run, maps: Maps, target: str, method: str, images: Sequence[int]
     rows = []
     for i in images:
         masks = [] if data.masks is None else [(data.masks[i], "object mask")]
-        own = [(grids[name, method][i], label(name) + (" (own)" if name == target else "")) for name in names]
-        pooled = [(values[i] - values[i].median(), label(rule)) for rule, values in rules.items()]
+        own = [(grids[name, method][i], label(name) + ("\n(own)" if name == target else "")) for name in names]
+        pooled = [(values[i] - values[i].median(), label(rule).replace(" ", "\n", 1)) for rule, values in rules.items()]
         rows += [[(data.images[i], "image"), *own], [*masks, *pooled]]
     return rows
 
@@ -924,6 +953,11 @@ def _located(run: Run, grids: Tensor) -> NDArray[np.float64]:
     masks, maps = run.dataset.masks, _upsample(grids, run.settings.patch)
     key = {"version": VERSION, "inputs": sha256_tensors({"maps": grids, "masks": masks})}
     return remember("relevance_rank", key, lambda: {"rank": relevance_rank(maps, masks)})["rank"].numpy()
+
+
+def _ordered(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Let columns sort as they appear."""
+    return table.assign(**{name: pd.Categorical(table[name], list(dict.fromkeys(table[name]))) for name in columns})
 
 
 def _strings(table: pd.DataFrame) -> pd.DataFrame:

@@ -97,7 +97,7 @@ class Harmonization(Patches):
     rule: str = Field("borda", description="the rule that claims are judged by, chosen before the run")
     fraction: Fraction = Field(0.05, description="share k at which detection is compared")
     n_deletion: int = Field(40, ge=2, le=100_000, description="images of the deletion curves, at most n_images")
-    pool_draws: int = Field(2, ge=1, le=100, description="random pools of each size and image")
+    pool_draws: int = Field(1, ge=1, le=100, description="random pools of each size and image")
     shortcut_methods: list[str] = Field(
         ["saliency", "input_x_gradient", "grad_cam"], description="those of methods that also explain the scene models"
     )
@@ -116,7 +116,7 @@ class FeatureDetectors(Study):
     """Notebook 06."""
 
     n_images: int = Field(100, ge=2, le=100_000, description="test images scored against exact masks")
-    n_curves: int = Field(40, ge=2, le=100_000, description="images of insertion, deletion and ROAD, at most n_images")
+    n_curves: int = Field(30, ge=2, le=100_000, description="images of insertion, deletion and ROAD, at most n_images")
     steps: int = Field(16, ge=2, le=256, description="steps of insertion and deletion curves")
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 

@@ -356,7 +356,7 @@ def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls
             color=color,
             ls=dashes.get(name, "-"),
             lw=1.3,
-            marker=".",
+            marker="." if len(part) <= 20 else "",
             ms=4,
             label=label(str(name)),
         )
@@ -548,3 +548,36 @@ def small_forests(
         ax.tick_params(axis="x", labelsize=7)
     lines, texts = axes[-1].get_legend_handles_labels()
     axes[-1].figure.legend(lines, texts, loc="outside upper right", ncols=len(texts), fontsize=7)
+
+
+def trade_off(
+    ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls: Mapping[str, float] | None = None
+) -> None:
+    """One point per row with its intervals on both axes; controls are horizontal lines.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where.
+    table : pd.DataFrame
+        Columns ``x``, ``x`` + ``"_low"``, ``x`` + ``"_high"``, ``mean``, ``low``, ``high``.
+    x : str
+        Column on the horizontal axis.
+    hue : str
+        Column that names the points.
+    title : str
+        What it shows.
+    controls : Mapping[str, float] or None
+        Name to height.
+    """
+    for color, row in zip(sns.color_palette("colorblind", len(table)), table.to_dict("records"), strict=True):
+        wide = [[abs(row[x + side] - row[x])] for side in ("_low", "_high")]
+        tall = [[abs(row[side] - row["mean"])] for side in ("low", "high")]
+        ax.errorbar(
+            row[x], row["mean"], yerr=tall, xerr=wide, fmt="o", ms=5, lw=1.2, color=color, label=label(row[hue])
+        )
+    for (name, height), dash in zip(
+        dict({} if controls is None else controls).items(), ("--", ":", "-.", (0, (1, 3))), strict=False
+    ):
+        ax.axhline(height, color="0.35", ls=dash, lw=1, label=label(str(name)))
+    ax.set(title=title)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from harmonize_lib import paths, shapes
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import ARCHITECTURES, Model
-from harmonize_lib.storage import sha256_bytes, write_atomic
+from harmonize_lib.storage import sha256_bytes, sha256_json, write_atomic
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet": {"learning_rate": 4e-3, "bf16": True},
     "vgg": {"learning_rate": 4e-3, "bf16": True},
     "mobilenet": {"learning_rate": 4e-3, "bf16": False, "train_images": 20_000, "epochs": 4},
-    "convnext": {"learning_rate": 1e-3, "bf16": True, "batch_size": 64, "muon": 0.01},
-    "vit": {"learning_rate": 2e-3, "bf16": False, "train_images": 48_000, "batch_size": 64, "epochs": 4, "muon": 0.02},
+    "convnext": {"learning_rate": 1e-3, "bf16": True, "batch_size": 64, "epochs": 6, "muon": 0.01},
+    "vit": {"learning_rate": 2e-3, "bf16": False, "train_images": 64_000, "batch_size": 64, "epochs": 4, "muon": 0.02},
     "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},
     "mobilevit": {"learning_rate": 3e-3, "bf16": False},
 }
@@ -95,7 +96,8 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     torch.manual_seed(seed)  # initial weights and drop path; the order of images has its own generator
     network = ARCHITECTURES[architecture](len(data.classes)).to(memory_format=torch.channels_last).to(place)
     _initialize(network)
-    _fit(network, data, recipe, seed, paths.CACHE / "training" / name, place, quiet)
+    checkpoints = paths.CACHE / "training" / f"{name}-{sha256_json(recipe)[:8]}"
+    _fit(network, data, recipe, seed, checkpoints, place, quiet)
     state = {key: _half(value) for key, value in network.state_dict().items()}
     weights = save(state)
     network.load_state_dict(
@@ -129,6 +131,7 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
         entries = json.loads(path.read_text()) if path.exists() else {}
         entries[name] = entry
         write_atomic(path, json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    shutil.rmtree(checkpoints)
     return entry
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,7 @@ def test_conformance(name: str, method: str) -> None:
     torch.testing.assert_close(result.logit, logits[torch.arange(5), targets])
     torch.testing.assert_close(result.probability, logits.softmax(1)[torch.arange(5), targets])
     assert (result.completeness_gap is not None) == METHODS[method].completeness
+    assert json.loads(json.dumps(result.record)) == result.record
 
     assert state_of(model) == before
     assert torch.equal(images, pixels) and torch.equal(torch.get_rng_state(), rng)

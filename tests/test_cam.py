@@ -19,9 +19,9 @@ from harmonize_lib.models import Model
 
 
 @lru_cache(maxsize=8)
-def vit(**settings: Any) -> Model:
+def vit(distilled: bool = False, **settings: Any) -> Model:
     network = timm.create_model(
-        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224",
         num_classes=10,
         img_size=64,
         patch_size=8,
@@ -160,6 +160,7 @@ def literal_rollout(model: Model, images: Tensor, rows: list[int]) -> Tensor:
     [
         ({}, [0]),
         ({"reg_tokens": 2}, [0]),
+        ({"distilled": True}, [0, 1]),
         ({"global_pool": "avg"}, list(range(1, 65))),
         ({"global_pool": "avg", "class_token": False}, list(range(64))),
     ],
