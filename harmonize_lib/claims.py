@@ -191,3 +191,24 @@ def in_words(ledger: pd.DataFrame) -> str:
         f"n = {row.n}. Criterion: {row.criterion}."
         for row in ledger.itertuples()
     )
+
+
+def update_readme(readme: Path, ledger: pd.DataFrame) -> None:
+    """Draw the ledger between the marks ``<!-- claims -->`` of the README.
+
+    Parameters
+    ----------
+    readme : Path
+        The file.
+    ledger : pd.DataFrame
+        From :func:`merge_claims`.
+    """
+    rows = [
+        f"| {row.source}: {row.reported} | {row.measured} | {row.estimate} [{row.low}, {row.high}], n = {row.n} | "
+        f"**{row.verdict}** | {row.notebook[:2]} |"
+        for row in ledger.itertuples()
+    ]
+    table = ["| claim | measured here | estimate [95 % interval] | verdict | notebook |", "|---|---|---|---|---|", *rows]
+    before, mark, rest = readme.read_text().partition("<!-- claims -->\n")
+    _, end, after = rest.partition("<!-- /claims -->")
+    write_atomic(readme, "".join([before, mark, "\n".join(table), "\n", end, after]))

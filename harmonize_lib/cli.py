@@ -14,7 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from harmonize_lib import paths
-from harmonize_lib.claims import merge_claims
+from harmonize_lib.claims import merge_claims, update_readme
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.models import list_models, load_model, manifest
@@ -83,6 +83,8 @@ def run(
             tqdm.write(f"failed: {name}: {line}", file=sys.stderr)
     fresh = [path for path in figures.glob("*/*.json") if path.stat().st_mtime >= began]
     claims = merge_claims(figures)
+    if figures == paths.ROOT / "figures":
+        update_readme(paths.ROOT / "README.md", claims)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in claims["verdict"].value_counts().items())
     print(f"{len(fresh)} figures written to {out or 'figures/'}")
     print(f"{len(claims)} claims so far: {verdicts}" if len(claims) else "no claims yet")

@@ -1,0 +1,80 @@
+"""Verdicts follow the criteria; figures carry their numbers and provenance and are the same byte for byte."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from harmonize_lib import HarmonizeError, Interval, claims, plots
+from harmonize_lib.storage import sha256_file
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "verdict"),
+    [
+        ("transfer", (0.8, 0.6, 0.9, 50), "reproduced"),
+        ("transfer", (0.6, 0.4, 0.9, 50), "partly"),
+        ("transfer", (0.1, -0.1, 0.3, 50), "not reproduced"),
+        ("inconsistency", (-0.2, -0.3, -0.1, 50), "reproduced"),
+        ("inconsistency", (-0.2, -0.5, 0.1, 50), "partly"),
+        ("inconsistency", (0.2, 0.1, 0.3, 50), "not reproduced"),
+        ("harmonized_detects", (0.1, 0.05, 0.15, 50), "reproduced"),
+        ("harmonized_detects", (-0.1, -0.15, 0.05, 50), "not reproduced"),
+        ("family", (float("nan"), float("nan"), float("nan"), 50), "not testable here"),
+        ("family", (0.1, 0.05, 0.2, 0), "not testable here"),
+    ],
+)
+def test_the_criterion_decides(tmp_path, name, interval, verdict):
+    table = claims.write_claims(tmp_path, {name: Interval(*interval)})
+    assert table["verdict"].tolist() == [verdict]
+
+
+def test_ledger_gathers_notebooks_in_order_and_is_drawn_in_the_readme(tmp_path):
+    for notebook, name in (("04_b", "family"), ("03_a", "selectivity")):
+        (tmp_path / notebook).mkdir()
+        claims.write_claims(tmp_path / notebook, {name: Interval(0.1, 0.05, 0.2, 9)})
+    ledger = claims.merge_claims(tmp_path)
+    assert ledger["id"].tolist() == ["selectivity", "family"]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- claims -->\nold\n<!-- /claims -->\nafter\n")
+    claims.update_readme(readme, ledger)
+    claims.update_readme(readme, ledger)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text
+    assert text.count("**reproduced**") == 1 and text.count("**not reproduced**") == 1
+
+
+def test_unknown_claim(tmp_path):
+    with pytest.raises(HarmonizeError, match="unknown claim"):
+        claims.write_claims(tmp_path, {"nonsense": Interval(0, 0, 0, 1)})
+
+
+def draw():
+    plots.style()
+    figure, ax = plt.subplots()
+    table = pd.DataFrame({"x": [1, 2], "line": "random", "mean": [0.1, 0.2], "low": [0.0, 0.1], "high": [0.2, 0.3]})
+    plots.curves(ax, table, "x", "line", "title", ["random"])
+    return figure, table
+
+
+def test_a_figure_has_four_files_that_match_its_provenance_and_repeat(tmp_path):
+    for folder in ("a", "b"):
+        figure, table = draw()
+        plots.save_figure(figure, table, tmp_path / folder, "name", {"n": 1}, {"m": "hash"}, 1.5)
+        plt.close(figure)
+    told = json.loads((tmp_path / "a" / "name.json").read_text())
+    assert told["parameters"] == {"n": 1} and told["weights"] == {"m": "hash"} and told["seconds"] == 1.5
+    for ending in ("svg", "png", "csv"):
+        path = tmp_path / "a" / f"name.{ending}"
+        assert told["sha256"][ending] == sha256_file(path) == sha256_file(tmp_path / "b" / f"name.{ending}")
+    saved = pd.read_csv(tmp_path / "a" / "name.csv")
+    np.testing.assert_allclose(saved["mean"], [0.1, 0.2])
+
+
+def test_labels_are_for_readers():
+    assert plots.label("grad_cam") == "Grad-CAM" and plots.label("vit-obj-s1") == "ViT (seed 1)"
+    assert plots.label("timm:vit_tiny_patch16_224") == "vit tiny patch16 224"
