@@ -209,6 +209,11 @@ def explain(
     HarmonizeError
         Unknown method or option; targets that do not fit; a model in train mode, or one that returns a tuple or NaN;
         a method that is not defined for the model; a map that is zero everywhere.
+
+    Notes
+    -----
+    Independence of the other images holds up to rounding, which depends on the batch's size: in single precision a
+    unit of a ReLU network may flip at a kink, and a gradient then differs by more than rounding.
     """
     begin = time.perf_counter()
     entry = _entry(method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -229,7 +230,7 @@ def _pair(
             lambda: explain(model, images, targets, method).maps,
             lambda: saliency.attribute(x.clone().requires_grad_(), where, abs=True).sum(1).detach().cpu(),
         )
-    options = {"steps": CAPTUM_STEPS, "rule": CAPTUM_RULE, "tolerance": None}
+    options: dict[str, Any] = {"steps": CAPTUM_STEPS, "rule": CAPTUM_RULE, "tolerance": None}
     path = IntegratedGradients(model)
     return (
         lambda: explain(model, images, targets, method, **options).maps,

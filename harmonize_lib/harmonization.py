@@ -24,7 +24,7 @@ from tqdm import tqdm
 from harmonize_lib import study
 from harmonize_lib.agreement import spearman, topk_iou
 from harmonize_lib.consensus import consensus
-from harmonize_lib.data import load_dataset
+from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.features import patch_scores
 from harmonize_lib.localization import relevance_rank
 from harmonize_lib.models import Model, list_models, load_model
@@ -878,7 +878,7 @@ def _rules(run: Run) -> list[str]:
     return list(dict.fromkeys([*run.settings.rules, run.settings.rule]))
 
 
-def _deletion_part(run: Run) -> study.Dataset:
+def _deletion_part(run: Run) -> Dataset:
     return run.dataset.select(torch.arange(min(run.settings.n_deletion, len(run.dataset))))
 
 

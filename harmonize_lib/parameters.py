@@ -13,7 +13,7 @@ from harmonize_lib.consensus import list_rules
 from harmonize_lib.errors import HarmonizeError, unknown
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin", "mobilevit")
+ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
 STUDY_METHODS = [
     "saliency",

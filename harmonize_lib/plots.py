@@ -346,7 +346,7 @@ def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls
     names = list(dict.fromkeys(table[hue]))
     solid = [name for name in names if name not in controls]
     colors = dict(zip(solid, sns.color_palette("colorblind", len(solid)), strict=True))
-    dashes = dict(zip(controls, ("--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1))), strict=False))
+    dashes = dict(zip(controls, ("--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1))), strict=False))
     for name in names:
         part = table[table[hue] == name].sort_values(x)
         color = colors.get(name, "0.35")
@@ -432,13 +432,13 @@ def tiles(
         Column of the numbers that give the colors.
     title : str
         What it shows.
-    text : str or None
+    text : str | None
         Column of what is written in; None writes the numbers, two digits each.
     bar : str
         Label of the color bar; empty draws none.
     log : bool
         Colors follow the logarithm.
-    cmap : str or Sequence[str]
+    cmap : str | Sequence[str]
         Color map, or its colors.
     """
     rows, cols = list(dict.fromkeys(table[index])), list(dict.fromkeys(table[columns]))
@@ -532,7 +532,7 @@ def small_forests(
         Values of ``y`` that are drawn as lines.
     """
     places = {name: place for place, name in enumerate(names)}
-    dashes = dict(zip(controls, ("--", ":", "-.", (0, (1, 3))), strict=False))
+    dashes = dict(zip(controls, ("--", ":", "-.", "-"), strict=False))
     for ax, measure in zip(axes, panels, strict=True):
         means = table[table[panel] == measure].set_index(y)
         parts = single[(single[panel] == measure) & single[y].isin(names)]
@@ -567,7 +567,7 @@ def trade_off(
         Column that names the points.
     title : str
         What it shows.
-    controls : Mapping[str, float] or None
+    controls : Mapping[str, float] | None
         Name to height.
     """
     for color, row in zip(sns.color_palette("colorblind", len(table)), table.to_dict("records"), strict=True):

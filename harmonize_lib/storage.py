@@ -120,7 +120,7 @@ def stored_at(kind: str, key: Mapping[str, object], folder: Path | None = None) 
         See :func:`remember`.
     key : Mapping[str, object]
         See :func:`remember`.
-    folder : Path or None
+    folder : Path | None
         See :func:`remember`.
 
     Returns
