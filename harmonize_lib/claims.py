@@ -208,7 +208,11 @@ def update_readme(readme: Path, ledger: pd.DataFrame) -> None:
         f"**{row.verdict}** | {row.notebook[:2]} |"
         for row in ledger.itertuples()
     ]
-    table = ["| claim | measured here | estimate [95 % interval] | verdict | notebook |", "|---|---|---|---|---|", *rows]
+    table = [
+        "| claim | measured here | estimate [95 % interval] | verdict | notebook |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
     before, mark, rest = readme.read_text().partition("<!-- claims -->\n")
     _, end, after = rest.partition("<!-- /claims -->")
     write_atomic(readme, "".join([before, mark, "\n".join(table), "\n", end, after]))

@@ -172,7 +172,7 @@ def curves_over_k(run: Run, table: pd.DataFrame, relatives: pd.DataFrame | None)
         The run.
     table : pd.DataFrame
         Recognition of all maps and controls by all targets.
-    relatives : pd.DataFrame or None
+    relatives : pd.DataFrame | None
         From :func:`same_architecture_table`.
 
     Returns

@@ -33,7 +33,7 @@ class Dataset:
         (N) int64, index into ``classes``.
     classes : tuple[str, ...]
         K class names.
-    masks : Tensor or None
+    masks : Tensor | None
         (N, H, W) bool, the exact pixels of the labeled object; None where unknown.
     ids : tuple[str, ...]
         N names, unique.
@@ -92,7 +92,7 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
         ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"cifar10:DIR"`` (option ``download``).
     split : str
         ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``.
-    n : int or None
+    n : int | None
         How many images; None takes all (10,000 of shapes-on-scenes).
     seed : int
         shapes-on-scenes: seed of the generator. Others: order in which images are taken when n is given.
@@ -208,7 +208,7 @@ def read_image(path: Path, size: int | None = None) -> Tensor:
     ----------
     path : Path
         The file. Grayscale, RGBA (on white), CMYK, palette and 16-bit images are converted.
-    size : int or None
+    size : int | None
         Shorter side scaled to ``size / 0.875`` (bicubic, antialiased), then a center crop of this side.
 
     Returns

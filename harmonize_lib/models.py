@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -126,23 +126,30 @@ class Model(nn.Module):
     pixel grid of the source; a network that wants another size gets its input resized (bilinear, antialiased)
     inside ``forward``, and gradients with respect to the source grid pass through that resize.
 
-    Attributes
+    Parameters
     ----------
     network : nn.Module
-        The bare network.
+        The bare network; it is frozen, put in eval mode, and its in-place activations are made plain.
     name : str
         The spec it was loaded by.
     architecture : str
         Same for all seeds and label sets of one design.
     classes : tuple[str, ...]
         K class names.
+    mean : tuple[float, ...]
+        Per channel, in [0, 1]: subtracted from the pixels.
+    std : tuple[float, ...]
+        Per channel: the pixels are divided by it.
+    input_size : tuple[int, int] | None
+        Height and width the network wants; None takes any.
+
+    Attributes
+    ----------
     family : str
         ``"cnn"``, ``"transformer"`` or ``"hybrid"``, from the modules: convolutions beyond the patch embedding,
         attention.
-    geometry : Geometry or None
+    geometry : Geometry | None
         Where places are; None where that could not be established.
-    input_size : tuple[int, int] or None
-        Height and width the network wants; None takes any.
     weights_hash : str
         sha256 over all parameters and buffers.
     """
@@ -237,7 +244,7 @@ def _geometry(network: nn.Module, channels: int, size: tuple[int, int]) -> Geome
     x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for layer in reversed(layers):
         outputs: list[Tensor] = []
-        handle = modules[layer].register_forward_hook(lambda module, args, output: outputs.append(output))
+        handle = modules[layer].register_forward_hook(partial(_keep, outputs))
         with torch.enable_grad():
             logits = network(x)
         handle.remove()
@@ -248,6 +255,10 @@ def _geometry(network: nn.Module, channels: int, size: tuple[int, int]) -> Geome
         if gradient is not None and geometry.to_maps(gradient).abs().sum() > 0:
             return geometry
     return None
+
+
+def _keep(outputs: list[Tensor], module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    outputs.append(output)
 
 
 def _read_layout(network: nn.Module, layer: str, output: Tensor) -> Geometry | None:
@@ -307,7 +318,7 @@ def load_model(spec: str, weights: str | Path | None = None, device: str = "auto
         ``"timm:mobilenetv2_100?pad_type=same&mean=0.5&std=0.5&weights=FILE"`` (mean and std override the tag's
         own, all else goes to ``timm.create_model``); or ``"python:module:callable"``, a callable without arguments
         that returns a network with ``classes`` (and, if it wants, ``mean``, ``std``, ``input_size``).
-    weights : str or Path or None
+    weights : str | Path | None
         Local ``.safetensors``, ``.pth`` or ``.pt`` file (read without unpickling code); None takes the shipped
         weights (zoo) or the hub's (timm).
     device : str

@@ -212,7 +212,7 @@ def save_figure(
 
 def _commit() -> str:
     try:
-        result = subprocess.run(  # noqa: S603
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty"],  # noqa: S607
             cwd=paths.ROOT,
             capture_output=True,
@@ -246,7 +246,7 @@ def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[s
     titled = sum(any(title for _, title in row) for row in rows)
     size = (width * columns + label_width, (width + 0.02) * len(rows) + 0.2 * titled)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
     for line, row, name in zip(axes, rows, row_labels, strict=True):
         for ax in line[len(row) :]:
             ax.set_visible(False)
@@ -379,7 +379,7 @@ def forest(ax: Axes, table: pd.DataFrame, y: str, title: str, xlabel: str, hue: 
         What it shows.
     xlabel : str
         Unit of the estimates.
-    hue : str or None
+    hue : str | None
         Column that tells groups apart.
     """
     names = list(dict.fromkeys(table[y]))

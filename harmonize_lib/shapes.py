@@ -148,7 +148,7 @@ def draw_block(seed: int, split: str, block: int, object_label: int | None = Non
         One of ``SPLITS``; the splits share no image.
     block : int
         Number of the block, from 0.
-    object_label : int or None
+    object_label : int | None
         Paste this object everywhere; None pastes every object on every scene once.
 
     Returns

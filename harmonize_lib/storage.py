@@ -94,7 +94,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     ----------
     path : Path
         Where; its folder is made.
-    data : bytes or str
+    data : bytes | str
         What; text is written as UTF-8.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def remember(
         Everything the result depends on, as JSON: hashes of weights and images, method, options, version.
     compute : Callable[[], dict[str, Tensor]]
         Gives the tensors when they are not stored.
-    folder : Path or None
+    folder : Path | None
         The store; None takes ``paths.CACHE``.
 
     Returns

@@ -261,7 +261,7 @@ def recognition_table(
         Shares of the patches.
     complement : bool
         Show the non-feature images instead of the feature images.
-    dataset : Dataset or None
+    dataset : Dataset | None
         Other images with the same labels; None takes the run's.
 
     Returns

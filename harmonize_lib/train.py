@@ -176,7 +176,7 @@ def _optimizers(network: nn.Module, recipe: dict[str, Any]) -> list[torch.optim.
 
 
 def _initialize(network: nn.Module) -> None:
-    """Glorot weights for every linear layer: timm's narrow normal leaves these small transformers at chance for long."""
+    """Glorot weights for every linear layer: timm's narrow normal leaves small transformers at chance for long."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

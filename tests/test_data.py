@@ -27,12 +27,17 @@ def test_a_prefix_does_not_depend_on_n(data):
 
 
 def test_every_pair_of_object_and_scene_once_per_block(data):
-    pairs = set(zip(data.extras["object_labels"][:100].tolist(), data.extras["scene_labels"][:100].tolist(), strict=True))
+    pairs = set(
+        zip(data.extras["object_labels"][:100].tolist(), data.extras["scene_labels"][:100].tolist(), strict=True)
+    )
     assert len(pairs) == 100
 
 
 def test_splits_and_seeds_differ(data):
-    for other in (load_dataset("shapes-on-scenes", "train", 200), load_dataset("shapes-on-scenes", "test", 200, seed=1)):
+    for other in (
+        load_dataset("shapes-on-scenes", "train", 200),
+        load_dataset("shapes-on-scenes", "test", 200, seed=1),
+    ):
         assert not (other.images.flatten(1) == data.images.flatten(1)).all(1).any()
 
 

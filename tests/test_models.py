@@ -31,7 +31,9 @@ def test_geometry_family_and_state(architecture):
     geometry = model.geometry
     assert geometry is not None and min(geometry.grid) >= 4
     outputs = []
-    handle = dict(model.network.named_modules())[geometry.layer].register_forward_hook(lambda m, a, o: outputs.append(o))
+    handle = dict(model.network.named_modules())[geometry.layer].register_forward_hook(
+        lambda m, a, o: outputs.append(o)
+    )
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     logits = model(x)
     handle.remove()

@@ -213,7 +213,7 @@ def test_random_floor_is_added_seeded_nested_and_the_same_for_all_targets():
     table = recognition(models, data, flat, [0.25, 0.5], PATCH, seed=3)
     floor = table[table["source"] == "random"]
     assert set(floor["method"]) == {"control"}
-    wide = floor.set_index(["image", "target", "fraction"])["probability"].unstack([1, 2])  # noqa: PD010
+    wide = floor.set_index(["image", "target", "fraction"])["probability"].unstack([1, 2])
     assert wide["left"].equals(wide["left-s1"])
     kept = (wide["left"] - 0.5).abs() > 0.1
     assert not (kept[0.25] & ~kept[0.5]).any()
@@ -368,7 +368,7 @@ def test_family_advantage_resamples_the_same_images_for_all_pairs():
     table = made_table(within_half, list(FAMILIES), images=20)
     result = family_advantage(table, FAMILIES, DESIGNS, seed=2, n_resamples=30).iloc[0]
     part = table[table["fraction"] == 0.05].set_index(["image", "source", "target"])
-    cell = part["probability"].unstack([1, 2])  # noqa: PD010
+    cell = part["probability"].unstack([1, 2])
     cell = cell.loc[sorted(f"i{i}" for i in range(20))]
     draws = []
     for count in np.random.default_rng(2).multinomial(20, np.full(20, 1 / 20), size=30):
