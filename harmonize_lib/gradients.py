@@ -162,7 +162,7 @@ def integrated_gradients(
     steps: int = 32,
     rule: str = "gausslegendre",
     tolerance: float | None = 0.01,
-    max_steps: int = 512,
+    max_steps: int = 128,
 ) -> Result:
     """Gradient integrated along the straight path from a baseline.
 

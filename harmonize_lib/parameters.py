@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from harmonize_lib.attribution import METHODS
 from harmonize_lib.consensus import list_rules
@@ -15,16 +16,7 @@ from harmonize_lib.errors import HarmonizeError, unknown
 Fraction = Annotated[float, Field(gt=0, le=1)]
 ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
-STUDY_METHODS = [
-    "saliency",
-    "input_x_gradient",
-    "smoothgrad",
-    "integrated_gradients",
-    "expected_gradients",
-    "grad_cam",
-    "occlusion",
-    "rise",
-]
+STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
 
 
 class Parameters(BaseModel):
@@ -33,7 +25,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     dataset: str = Field("shapes-on-scenes", description="shapes-on-scenes, or imagefolder:DIR")
-    n_images: int = Field(200, ge=2, le=100_000, description="test images explained")
+    n_images: int = Field(100, ge=2, le=100_000, description="test images explained")
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: str = Field("auto", description="auto, cpu or cuda")
     output: str = Field("", description="folder for the figures, empty for the one of the repository")
@@ -56,6 +48,13 @@ class Patches(Study):
     patch: int = Field(4, ge=1, description="side of a patch in pixels; divides the image's side")
     fill: Literal["mean", "blur", "road"] = Field("mean", description="what stands where features are not")
     fractions: list[Fraction] = Field(CURVE, min_length=2, description="shares k of the patches that are kept")
+
+    @model_validator(mode="after")
+    def _read_where_measured(self) -> Patches:
+        fraction = getattr(self, "fraction", self.fractions[0])
+        if fraction not in self.fractions:
+            raise PydanticCustomError("fraction", "fraction must be one of fractions", {"fraction": fraction})
+        return self
 
 
 class DataAndModels(Study):
@@ -83,7 +82,7 @@ class FeatureImages(Patches):
 class Transfer(Patches):
     """Notebook 04."""
 
-    fraction: Fraction = Field(0.03, description="share k at which matrices are read; one of fractions")
+    fraction: Fraction = Field(0.05, description="share k at which matrices are read, one of fractions")
 
 
 class Harmonization(Patches):
@@ -95,7 +94,7 @@ class Harmonization(Patches):
         description="rules of consensus",
     )
     rule: str = Field("borda", description="the rule that claims are judged by, chosen before the run")
-    fraction: Fraction = Field(0.05, description="share k at which detection is compared")
+    fraction: Fraction = Field(0.05, description="share k at which detection is compared, one of fractions")
     n_deletion: int = Field(40, ge=2, le=100_000, description="images of the deletion curves, at most n_images")
     pool_draws: int = Field(1, ge=1, le=100, description="random pools of each size and image")
     shortcut_methods: list[str] = Field(
@@ -187,9 +186,10 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         return kind(**{name: _integers_as_floats(kind, name, value) for name, value in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"]) or str(first["type"])
+        value = first["ctx"]["fraction"] if first["type"] == "fraction" else first["input"]
         raise HarmonizeError(
-            f"parameter {place!r} of {notebook}: {first['msg'].lower()}; got {str(first['input'])[:60]!r}"
+            f"parameter {place!r} of {notebook}: {first['msg'].lower()}; got {str(value)[:60]!r}"
         ) from None
 
 

@@ -41,7 +41,7 @@ def test_defaults_pass_and_ipython_names_are_ignored(notebook):
 
 
 def test_whole_numbers_are_fine_floats():
-    assert check("04_cross_architecture_transfer", {"fractions": [0.1, 1]}).fractions == [0.1, 1.0]
+    assert check("04_cross_architecture_transfer", {"fractions": [0.1, 1], "fraction": 1}).fractions == [0.1, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def test_whole_numbers_are_fine_floats():
         ({"fractions": [0.1]}, "'fractions'.*at least 2"),
         ({"fill": "gray"}, "'fill'.*'mean', 'blur' or 'road'"),
         ({"models": "resnet-obj"}, "'models'.*valid list"),
+        ({"fraction": 0.04}, "'fraction'.*one of fractions; got '0.04'"),
         ({"seed": -1}, "'seed'.*greater than or equal to 0"),
     ],
 )
