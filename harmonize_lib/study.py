@@ -211,6 +211,24 @@ def cost_estimate(
     return pd.DataFrame(rows, columns=["model", "method", "images", "seconds"])
 
 
+def introduce(run: Run) -> None:
+    """Say what will be explained, whether the models know the images, and what it will cost.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    """
+    estimate = cost_estimate(run.models, run.dataset, run.settings.methods, run.settings.seed)
+    print(
+        f"{len(run.dataset)} images of {run.dataset.name}, {len(run.models)} models, {len(run.settings.methods)} methods: "
+        f"{estimate['images'].sum()} maps are not stored and will take about {estimate['seconds'].sum():.0f} s"
+    )
+    for name, model in run.models.items():
+        accuracy = (predictions(model, run.dataset.images) == run.dataset.labels).double().mean()
+        print(f"{name} ({model.family}): accuracy {accuracy:.3f} on the whole images")
+
+
 def all_maps(
     models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0
 ) -> dict[tuple[str, str], Tensor]:
