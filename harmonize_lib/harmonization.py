@@ -37,7 +37,7 @@ from harmonize_lib.transfer import area_over_fractions, held_out_pool, recognize
 VERSION = 1
 DELETED = (0.02, 0.05, 0.1, 0.2)  # shares of the patches taken away, over which the deletion curve is integrated
 RANDOM, BEST, OWN = "random single other", "best single other", "own map"
-CHOSEN = "best rule"
+CHOSEN = "chosen rule"
 POOLED = "consensus of the others"
 OUTCOMES = {"correct": "recognition", "relevance_rank": "localization", "deletion": "deletion"}
 UNITS = {
@@ -272,7 +272,9 @@ def recognition_curves(run: Run, maps: Maps, controls: Maps, rule: str) -> pd.Da
     return summarize(table, ["line", "fraction"], "correct", run.settings.seed)
 
 
-def cross_fitted_best(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def cross_fitted_best(
+    values: NDArray[np.float64], seed: int, judges: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """What the best of several candidates scores, chosen on one half of the images and scored on the other.
 
     Parameters
@@ -281,12 +283,14 @@ def cross_fitted_best(values: NDArray[np.float64], seed: int) -> NDArray[np.floa
         (S, N) scores of S candidates, higher is better; NaN is left out of the choice.
     seed : int
         Of the split: of every two neighboring images one goes to each half, at random.
+    judges : NDArray[np.float64] | None
+        (S, N) scores that choose; None takes ``values`` themselves.
 
     Returns
     -------
     NDArray[np.float64]
-        (N) for each half, the scores of the candidate with the highest mean on the other half. NaN where the other
-        half has no score to choose by.
+        (N) for each half, the scores of the candidate that the other half ranks highest by its mean. NaN where the
+        other half has no score to choose by.
 
     Notes
     -----
@@ -298,7 +302,7 @@ def cross_fitted_best(values: NDArray[np.float64], seed: int) -> NDArray[np.floa
     half = (np.arange(n) + np.repeat(rng.integers(2, size=(n + 1) // 2), 2)[:n]) % 2 == 1
     best = np.full(n, np.nan)
     for scored in (half, ~half):
-        choosing = values[:, ~scored]
+        choosing = (values if judges is None else judges)[:, ~scored]
         defined = ~np.isnan(choosing)
         count = defined.sum(1)
         if count.any():
@@ -324,9 +328,10 @@ def differences(scores: pd.DataFrame, outcome: str, seed: int) -> pd.DataFrame:
     pd.DataFrame
         One row per ``against`` (random or best single other, own map), ``rule``, ``target`` and ``method`` (the
         index), one column per image.
-        The random single other is the image's mean over the pool. The best single other and the ``best rule`` (added
-        to the rules where there are several) are chosen for each target, method and outcome by
-        :func:`cross_fitted_best`, on the same halves of the images. Images and cells without numbers are left out.
+        The random single other is the image's mean over the pool. The best single other is chosen for each target,
+        method and outcome by :func:`cross_fitted_best`. So is the ``chosen rule``, added where there are several
+        rules, but by the *other* targets: neither the evaluated model nor the evaluated images have a say.
+        Images and cells without numbers are left out.
     """
     wide = scores.pivot_table(
         index=["kind", "target", "method", "candidate"], columns="image", values=outcome, sort=False
@@ -335,20 +340,36 @@ def differences(scores: pd.DataFrame, outcome: str, seed: int) -> pd.DataFrame:
         return wide
     cell = ["target", "method"]
 
-    def best(table: pd.DataFrame) -> pd.DataFrame:
-        rows = {key: cross_fitted_best(part.to_numpy(), seed) for key, part in table.groupby(cell, sort=False)}
-        index = pd.MultiIndex.from_tuples(rows, names=cell)
-        return pd.DataFrame(np.stack(list(rows.values())), index=index, columns=table.columns)
-
     others, pooled = wide.loc["other"], wide.loc["consensus"]
-    against = {RANDOM: others.groupby(cell, sort=False).mean(), BEST: best(others)}
+    best = {key: cross_fitted_best(part.to_numpy(), seed) for key, part in others.groupby(cell, sort=False)}
+    against = {
+        RANDOM: others.groupby(cell, sort=False).mean(),
+        BEST: pd.DataFrame.from_dict(best, orient="index", columns=wide.columns).set_axis(_pairs(best), axis=0),
+    }
     if "own" in wide.index.get_level_values("kind"):
         against[OWN] = wide.loc["own"].droplevel("candidate")
     rules = {rule: rows.droplevel("candidate") for rule, rows in pooled.groupby("candidate", sort=False)}
-    if len(rules) > 1:
-        rules[CHOSEN] = best(pooled)
+    if len(rules) > 1 and len(pooled.index.unique("target")) > 1:
+        rules[CHOSEN] = _chosen(pooled, seed)
     parts = {(name, rule): (rules[rule] - against[name]).dropna(how="all") for name in against for rule in rules}
     return pd.concat(parts, names=["against", "rule"])
+
+
+def _pairs(keys: Iterable[tuple[str, str]]) -> pd.MultiIndex:
+    return pd.MultiIndex.from_tuples(keys, names=["target", "method"])
+
+
+def _chosen(pooled: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Scores (target, method) x images of the rule that the other targets choose on the other half of the images."""
+    found = {}
+    for method, rows in pooled.groupby("method", sort=False):
+        values = {target: part.droplevel(["target", "method"]) for target, part in rows.groupby("target", sort=False)}
+        for target, own in values.items():
+            others = [part.loc[own.index] for name, part in values.items() if name != target]
+            if others:
+                judges = np.mean([part.to_numpy() for part in others], axis=0)
+                found[target, method] = cross_fitted_best(own.to_numpy(), seed, judges)
+    return pd.DataFrame.from_dict(found, orient="index", columns=pooled.columns).set_axis(_pairs(found), axis=0)
 
 
 def compare(scores: pd.DataFrame, seed: int, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -685,13 +706,29 @@ def paired(table: pd.DataFrame, column: str, a: object, b: object, value: str, s
     return paired_difference(wide[a], wide[b], seed)
 
 
+def headline(run: Run) -> str:
+    """The rule that claims are judged by: chosen by other targets on other images, where there are several rules.
+
+    Parameters
+    ----------
+    run : Run
+        Gives rules.
+
+    Returns
+    -------
+    str
+        ``"chosen rule"``, or the only rule.
+    """
+    return CHOSEN if len(_rules(run)) > 1 else run.settings.rule
+
+
 def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, Interval]:
     """What the notebook's claims are judged by.
 
     Parameters
     ----------
     run : Run
-        Gives rule and seed.
+        Gives rules and seed.
     overall : pd.DataFrame
         From :func:`compare` without groups.
     sizes : pd.DataFrame
@@ -705,7 +742,7 @@ def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, 
 
     def read(outcome: str, against: str) -> Interval:
         rows = overall[
-            (overall["outcome"] == outcome) & (overall["against"] == against) & (overall["rule"] == run.settings.rule)
+            (overall["outcome"] == outcome) & (overall["against"] == against) & (overall["rule"] == headline(run))
         ]
         if not len(rows):
             return Interval(np.nan, np.nan, np.nan, 0)
@@ -749,7 +786,7 @@ def findings(run: Run, overall: pd.DataFrame, alike: pd.DataFrame, shortcut: pd.
         if i.n:
             lines.append(f"- {what}: {i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}], n = {i.n}, p = {i.p:.4f}.")
 
-    for rule in (run.settings.rule, CHOSEN):
+    for rule in dict.fromkeys((headline(run), run.settings.rule)):
         rows = overall[overall["rule"] == rule]
         for row in rows.itertuples():
             difference = Interval(row.mean, row.low, row.high, int(row.n), row.holm)

@@ -93,9 +93,9 @@ class Harmonization(Patches):
         min_length=1,
         description="rules of consensus",
     )
-    rule: str = Field("borda", description="the rule that claims are judged by, chosen before the run")
+    rule: str = Field("mean", description="the rule of curves, pool size, pooling of methods, consistency and shortcut")
     fraction: Fraction = Field(0.05, description="share k at which detection is compared, one of fractions")
-    n_deletion: int = Field(40, ge=2, le=100_000, description="images of the deletion curves, at most n_images")
+    n_deletion: int = Field(30, ge=2, le=100_000, description="images of the deletion curves, at most n_images")
     pool_draws: int = Field(1, ge=1, le=100, description="random pools of each size and image")
     shortcut_methods: list[str] = Field(
         ["saliency", "input_x_gradient", "grad_cam"], description="those of methods that also explain the scene models"

@@ -27,8 +27,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "resnet": {"learning_rate": 4e-3, "bf16": True},
     "vgg": {"learning_rate": 4e-3, "bf16": True},
     "mobilenet": {"learning_rate": 4e-3, "bf16": False, "train_images": 20_000, "epochs": 4},
-    "convnext": {"learning_rate": 1e-3, "bf16": True, "batch_size": 64, "epochs": 6, "muon": 0.01},
-    "vit": {"learning_rate": 2e-3, "bf16": False, "train_images": 64_000, "batch_size": 64, "epochs": 4, "muon": 0.02},
+    "convnext": {"learning_rate": 1e-3, "bf16": True, "batch_size": 64, "muon": 0.01},
+    "vit": {"learning_rate": 2e-3, "bf16": False, "train_images": 64_000, "batch_size": 64, "epochs": 6, "muon": 0.02},
     "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},
     "mobilevit": {"learning_rate": 3e-3, "bf16": False},
 }

@@ -30,6 +30,7 @@ from harmonize_lib.harmonization import (
     consistency,
     cross_fitted_best,
     decided,
+    differences,
     gain_by_size,
     held_out_consensus,
     held_out_maps,
@@ -305,6 +306,20 @@ def test_cross_fitted_best_is_the_best_where_one_is_and_luckless_where_none_is()
     assert np.isnan(cross_fitted_best(np.ones((2, 1)), 0)).all()
 
 
+def test_neither_the_target_nor_the_evaluated_images_choose_its_rule() -> None:
+    scores = made_up()
+    pooled = scores["kind"] == "consensus"
+    rigged = scores.copy()
+    rigged["correct"] = np.where(rigged["candidate"] == "mean", 1.0, np.where(pooled, 0.0, rigged["correct"]))
+    for_t = rigged["target"] == "t"
+    rigged.loc[for_t & pooled, "correct"] = 1 - rigged.loc[for_t & pooled, "correct"]
+    table = differences(rigged, "correct", 0).loc[OWN]
+    own = rigged[for_t & (rigged["kind"] == "own")].pivot_table(index="method", columns="image", values="correct")
+    for method in METHODS:
+        chosen = table.loc[CHOSEN, "t", method] + own.loc[method]
+        assert np.allclose(chosen, 0)  # all others take the mean, which is wrong for t alone
+
+
 # Comparisons
 
 
@@ -331,7 +346,9 @@ def test_paired_differences_against_a_loop(by: tuple[str, ...]) -> None:
                 continue
             x, y = (value[target, method, name].to_numpy() for name in "xy")
             pooled = {name: value[target, method, name].to_numpy() for name in ("mean", "borda")}
-            pooled[CHOSEN] = cross_fitted_best(np.stack([pooled["mean"], pooled["borda"]]), 0)
+            other = "u" if target == "t" else "t"
+            judges = np.stack([value[other, method, name] for name in ("mean", "borda")])
+            pooled[CHOSEN] = cross_fitted_best(np.stack([pooled["mean"], pooled["borda"]]), 0, judges)
             against = {RANDOM: (x + y) / 2, BEST: cross_fitted_best(np.stack([x, y]), 0)}
             against[OWN] = value[target, method, "own"].to_numpy()
             gaps.append(pooled[row.rule] - against[row.against])
