@@ -99,12 +99,23 @@ def _execute(name: str, values: dict[str, Any]) -> str:
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "papermill", str(paths.NOTEBOOKS / f"{name}.ipynb"), str(folder / f"{name}.ipynb")]
     command += ["--kernel", "python3", "--progress-bar", "-y", yaml.safe_dump(values)]
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603
-    if result.returncode == 0:
+    told = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, newline="", bufsize=1) as child:  # noqa: S603
+        assert child.stderr is not None  # noqa: S101
+        segment = ""
+        while letter := child.stderr.read(1):
+            segment += letter
+            if letter in "\r\n":
+                if segment.startswith("Executing:"):
+                    sys.stderr.write("\r" + f"{name} {segment.strip()[10:]}"[:110].ljust(110))
+                    sys.stderr.flush()
+                elif segment.strip():
+                    told.append(segment.strip())
+                segment = ""
+    sys.stderr.write("\r" + " " * 110 + "\r")
+    if child.returncode == 0:
         return ""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    told = [line for line in lines if "Error" in line]
-    return (told or lines or ["no message"])[-1][:300]
+    return ([line for line in told if "Error" in line] or told or ["no message"])[-1][:300]
 
 
 @app.command()
