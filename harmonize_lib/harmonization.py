@@ -351,7 +351,11 @@ def differences(scores: pd.DataFrame, outcome: str, seed: int) -> pd.DataFrame:
     rules = {rule: rows.droplevel("candidate") for rule, rows in pooled.groupby("candidate", sort=False)}
     if len(rules) > 1 and len(pooled.index.unique("target")) > 1:
         rules[CHOSEN] = _chosen(pooled, seed)
-    parts = {(name, rule): (rules[rule] - against[name]).dropna(how="all") for name in against for rule in rules}
+    parts = {
+        (name, rule): (rows - against[name]).reindex(rows.index).dropna(how="all")
+        for name in against
+        for rule, rows in rules.items()
+    }
     return pd.concat(parts, names=["against", "rule"])
 
 
@@ -369,7 +373,8 @@ def _chosen(pooled: pd.DataFrame, seed: int) -> pd.DataFrame:
             if others:
                 judges = np.mean([part.to_numpy() for part in others], axis=0)
                 found[target, method] = cross_fitted_best(own.to_numpy(), seed, judges)
-    return pd.DataFrame.from_dict(found, orient="index", columns=pooled.columns).set_axis(_pairs(found), axis=0)
+    table = pd.DataFrame.from_dict(found, orient="index", columns=pooled.columns).set_axis(_pairs(found), axis=0)
+    return table.reindex(pooled.droplevel("candidate").index.unique())
 
 
 def compare(scores: pd.DataFrame, seed: int, by: Sequence[str] = ()) -> pd.DataFrame:

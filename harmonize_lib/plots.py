@@ -93,7 +93,7 @@ def label(name: str) -> str:
         return LABELS[architecture]
     if architecture in LABELS and rest.startswith("-s"):
         return f"{LABELS[architecture]} (seed {rest[2:]})"
-    return name.removeprefix("timm:").replace("_", " ")
+    return name.removeprefix("timm:").partition("?")[0].replace("_", " ")
 
 
 def style() -> None:
@@ -374,7 +374,7 @@ def forest(ax: Axes, table: pd.DataFrame, y: str, title: str, xlabel: str, hue: 
     table : pd.DataFrame
         Columns ``y``, ``mean``, ``low``, ``high`` and, if given, ``hue``.
     y : str
-        Column on the vertical axis, in order of appearance from the top.
+        Column on the vertical axis, from the top: all its categories, or values in order of appearance.
     title : str
         What it shows.
     xlabel : str
@@ -382,7 +382,7 @@ def forest(ax: Axes, table: pd.DataFrame, y: str, title: str, xlabel: str, hue: 
     hue : str | None
         Column that tells groups apart.
     """
-    names = list(dict.fromkeys(table[y]))
+    names = list(table[y].cat.categories) if hasattr(table[y], "cat") else list(dict.fromkeys(table[y]))
     groups = list(dict.fromkeys(table[hue])) if hue else [None]
     for shift, (group, color) in enumerate(zip(groups, sns.color_palette("colorblind", len(groups)), strict=True)):
         part = table if group is None else table[table[hue] == group]

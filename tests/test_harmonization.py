@@ -326,7 +326,7 @@ def test_neither_the_target_nor_the_evaluated_images_choose_its_rule() -> None:
 def made_up(seed: int = 0) -> pd.DataFrame:
     rng, rows = np.random.default_rng(seed), []
     kinds = [("own", "own"), ("other", "x"), ("other", "y"), ("consensus", "mean"), ("consensus", "borda")]
-    for target, method, (kind, candidate), image in product("tu", METHODS, kinds, range(10)):
+    for target, method, (kind, candidate), image in product("ut", METHODS[::-1], kinds, range(10)):
         numbers = rng.random(4)
         rows.append((target, method, kind, candidate, 2, f"i{image}", *numbers))
     names = ["target", "method", "kind", "candidate", "pool", "image", "correct", "probability"]
@@ -353,6 +353,7 @@ def test_paired_differences_against_a_loop(by: tuple[str, ...]) -> None:
             against[OWN] = value[target, method, "own"].to_numpy()
             gaps.append(pooled[row.rule] - against[row.against])
         assert row.mean == pytest.approx(np.mean(gaps)) and row.n == 10 and row.low < row.mean < row.high
+    assert not by or list(dict.fromkeys(table[by[0]])) == list(dict.fromkeys(scores[by[0]]))
     for _, family in table.groupby("against"):
         assert len(family) == 3 * 2 ** len(by)
         assert np.allclose(family["holm"], holm(family["p"]))
