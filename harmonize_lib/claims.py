@@ -146,7 +146,7 @@ def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame
         claim = CLAIMS[name]
         verdict = claim.judge(interval) if interval.n > 0 and not math.isnan(interval.mean) else UNTESTABLE
         numbers = [f"{value:.4f}" for value in interval[:3]]
-        rows.append([name, *claim[:4], *numbers, interval.n, verdict, folder.name])
+        rows.append([name, *claim[:4], *numbers, int(interval.n), verdict, folder.name])
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     write_atomic(folder / "claims.csv", table.to_csv(index=False, lineterminator="\n"))
     return table

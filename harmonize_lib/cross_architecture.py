@@ -373,8 +373,9 @@ def draw_landscape(places: pd.DataFrame) -> Figure:
     """
     figure, ax = plt.subplots(figsize=(4.6, 3.6))
     sns.scatterplot(places, x="x", y="y", hue="family", style="family", s=70, ax=ax)
-    for row in places.itertuples():
-        ax.annotate(plots.label(row.model), (row.x, row.y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for rank, row in enumerate(places.sort_values("y").itertuples()):
+        shift = {"xytext": (6, 4)} if rank % 2 else {"xytext": (-6, -10), "ha": "right"}
+        ax.annotate(plots.label(row.model), (row.x, row.y), textcoords="offset points", fontsize=8, **shift)
     ax.set(title="Models whose features others recognize alike", xlabel="distance = 1 − relative transfer ρ", ylabel="")
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.2)

@@ -221,8 +221,8 @@ def introduce(run: Run) -> None:
     """
     estimate = cost_estimate(run.models, run.dataset, run.settings.methods, run.settings.seed)
     print(
-        f"{len(run.dataset)} images of {run.dataset.name}, {len(run.models)} models, {len(run.settings.methods)} methods: "
-        f"{estimate['images'].sum()} maps are not stored and will take about {estimate['seconds'].sum():.0f} s"
+        f"{len(run.dataset)} images of {run.dataset.name}, {len(run.models)} models, "
+        f"{len(run.settings.methods)} methods: {estimate['images'].sum()} maps are not stored and will take about {estimate['seconds'].sum():.0f} s"
     )
     for name, model in run.models.items():
         accuracy = (predictions(model, run.dataset.images) == run.dataset.labels).double().mean()
