@@ -100,18 +100,13 @@ def _execute(name: str, values: dict[str, Any]) -> str:
     command = [sys.executable, "-m", "papermill", str(paths.NOTEBOOKS / f"{name}.ipynb"), str(folder / f"{name}.ipynb")]
     command += ["--kernel", "python3", "--progress-bar", "-y", yaml.safe_dump(values)]
     told = []
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, newline="", bufsize=1) as child:  # noqa: S603
-        assert child.stderr is not None  # noqa: S101
-        segment = ""
-        while letter := child.stderr.read(1):
-            segment += letter
-            if letter in "\r\n":
-                if segment.startswith("Executing:"):
-                    sys.stderr.write("\r" + f"{name} {segment.strip()[10:]}"[:110].ljust(110))
-                    sys.stderr.flush()
-                elif segment.strip():
-                    told.append(segment.strip())
-                segment = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:  # noqa: S603
+        for line in child.stderr or ():  # the progress bar's carriage returns count as line ends
+            if line.startswith("Executing:"):
+                sys.stderr.write("\r" + f"{name} {line.strip()[10:]}"[:110].ljust(110))
+                sys.stderr.flush()
+            elif line.strip():
+                told.append(line.strip())
     sys.stderr.write("\r" + " " * 110 + "\r")
     if child.returncode == 0:
         return ""

@@ -220,9 +220,11 @@ def introduce(run: Run) -> None:
         The run.
     """
     estimate = cost_estimate(run.models, run.dataset, run.settings.methods, run.settings.seed)
+    todo, seconds = estimate["images"].sum(), estimate["seconds"].sum()
     print(
         f"{len(run.dataset)} images of {run.dataset.name}, {len(run.models)} models, "
-        f"{len(run.settings.methods)} methods: {estimate['images'].sum()} maps are not stored and will take about {estimate['seconds'].sum():.0f} s"
+        f"{len(run.settings.methods)} methods: "
+        f"{todo} maps are not stored and will take about {seconds:.0f} s"
     )
     for name, model in run.models.items():
         accuracy = (predictions(model, run.dataset.images) == run.dataset.labels).double().mean()
