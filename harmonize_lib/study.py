@@ -44,7 +44,7 @@ class Run:
     dataset : Dataset
         The images explained.
     models : dict[str, Model]
-        The models compared, by spec.
+        The models compared, by name: the spec without its settings.
     folder : Path
         Where its figures go.
     started : float
@@ -87,7 +87,10 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
     dataset = load_dataset(settings.dataset, "test", settings.n_images)
-    models = {name: load_model(name, device=settings.device) for name in settings.models}
+    loaded = [load_model(spec, device=settings.device) for spec in settings.models]
+    models = {model.name: model for model in loaded}
+    if len(models) < len(loaded):
+        raise HarmonizeError(f"models name the same network twice: {', '.join(model.name for model in loaded)}"[:200])
     return Run(notebook, settings, dataset, models, figures / notebook, started)
 
 
@@ -417,7 +420,7 @@ def save(run: Run, figure: Figure, table: pd.DataFrame, name: str) -> None:
         Its name.
     """
     weights = {key: model.weights_hash for key, model in run.models.items()}
-    values = run.settings.model_dump(exclude={"output"})
+    values = run.settings.model_dump(exclude={"output"}) | {"models": list(run.models), "dataset": run.dataset.name}
     plots.save_figure(figure, table, run.folder, name, values, weights, time.monotonic() - run.started)
 
 
