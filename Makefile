@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env figures test lint
+.PHONY: env figures test lint notebooks
 
 env: $(VENV)/installed
 
@@ -15,6 +15,9 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 figures: env
 	$(BIN)/harmonize run
+
+notebooks: env  # execute in place: what is committed shows its outputs
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lint: env
 	$(BIN)/ruff check
