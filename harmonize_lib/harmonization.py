@@ -167,7 +167,7 @@ def single_scores(run: Run, maps: Maps) -> pd.DataFrame:
         (trapezoid); for the first ``n_deletion`` images, NaN for the others. All in [0, 1], higher is better.
     """
     settings, part = run.settings, _deletion_part(run)
-    seen = study.recognition_table(run, maps, run.models, _fractions(run))
+    seen = study.recognition_table(run, maps, run.models, list(run.settings.fractions))
     seen = seen[seen["fraction"] == settings.fraction]
     some = {key: values[: len(part)] for key, values in maps.items()}
     left = study.recognition_table(run, some, run.models, DELETED, complement=True, dataset=part)
@@ -246,7 +246,7 @@ def recognition_curves(run: Run, maps: Maps, controls: Maps, rule: str) -> pd.Da
     pd.DataFrame
         Columns ``line``, ``fraction``, ``mean``, ``low``, ``high``, ``n``; means over targets and methods.
     """
-    fractions, ids, parts = _fractions(run), run.dataset.ids, []
+    fractions, ids, parts = list(run.settings.fractions), run.dataset.ids, []
     seen = study.recognition_table(run, maps, run.models, fractions)
     cell = ["target", "method", "source", "fraction"]
     wide = seen.pivot_table(index=cell, columns="image", values="correct", sort=False, observed=True)[list(ids)]
@@ -909,11 +909,6 @@ def panels(run: Run, maps: Maps, target: str, method: str, images: Sequence[int]
 
 def _architectures(run: Run) -> dict[str, str]:
     return {name: model.architecture for name, model in run.models.items()}
-
-
-def _fractions(run: Run) -> list[float]:
-    given = list(run.settings.fractions)
-    return given if run.settings.fraction in given else sorted([*given, run.settings.fraction])
 
 
 def _rules(run: Run) -> list[str]:
