@@ -17,7 +17,7 @@ figures: env
 	$(BIN)/harmonize run
 
 notebooks: env  # execute in place: what is committed shows its outputs
-	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lint: env
 	$(BIN)/ruff check
