@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_invariants(rule):
 def test_small_blocks_change_nothing(rule, monkeypatch):
     maps = random_maps(images=7)
     whole = consensus(maps, rule)
-    monkeypatch.setattr("harmonize_lib.consensus._BLOCK", 150)
+    monkeypatch.setattr(sys.modules["harmonize_lib.consensus"], "_BLOCK", 150)
     torch.testing.assert_close(consensus(maps, rule), whole)
 
 
