@@ -32,7 +32,9 @@ def test_papermill_knows_type_default_and_meaning(notebook):
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_no_cell_is_longer_than_a_dozen_lines(notebook):
     book = nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", as_version=4)
-    code = [cell for cell in book.cells if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])]
+    code = [
+        cell for cell in book.cells if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])
+    ]
     assert max(len(cell.source.splitlines()) for cell in code) <= 14
 
 
