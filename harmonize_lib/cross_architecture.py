@@ -45,9 +45,9 @@ def same_architecture(run: Run) -> dict[str, Maps]:
     """
     seeds = {name: load_model(other) for name in run.models if (other := study.second_seed(name))}
     floors = {name: shuffled(model, run.settings.seed) for name, model in run.models.items()}
-    methods, seed = run.settings.methods, run.settings.seed
+    methods, seed, options = run.settings.methods, run.settings.seed, run.settings.options
     return {
-        kind: study.all_maps(models, run.dataset, methods, seed)
+        kind: study.all_maps(models, run.dataset, methods, seed, options)
         for kind, models in (("second seed", seeds), ("shuffled weights", floors))
         if models
     }

@@ -666,7 +666,7 @@ def shortcut_scores(run: Run, maps: Maps, rule: str) -> pd.DataFrame:
     methods = [method for method in settings.shortcut_methods if method in settings.methods]
     trained = {
         "objects": {key: values for key, values in maps.items() if key[0] in names and key[1] in methods},
-        "scenes": study.all_maps(models, scenes, methods, settings.seed),
+        "scenes": study.all_maps(models, scenes, methods, settings.seed, settings.options),
     }
     parts = []
     for labels, some in trained.items():

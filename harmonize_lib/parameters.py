@@ -40,6 +40,9 @@ class Study(Parameters):
         description="zoo names, timm tags or python callables, as load_model takes them",
     )
     methods: list[str] = Field(STUDY_METHODS, min_length=1, description="attribution methods")
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description='options of methods, e.g. {"integrated_gradients": {"max_steps": 32}}'
+    )
 
 
 class Patches(Study):

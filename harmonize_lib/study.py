@@ -80,9 +80,13 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
         A parameter, data set or model that will not do.
     """
     settings = parameters.check(notebook, values)
-    for method in settings.methods:
+    for method in [*settings.methods, *settings.options]:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
+    for method, chosen in settings.options.items():
+        for name in chosen:
+            if name not in METHODS[method].options:
+                raise unknown(f"option of {method}", name, METHODS[method].options)
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
@@ -177,7 +181,12 @@ def _explain(
 
 
 def cost_estimate(
-    models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0, probe: int = 2
+    models: Mapping[str, Model],
+    dataset: Dataset,
+    methods: Iterable[str],
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: int = 2,
 ) -> pd.DataFrame:
     """Seconds that attributions which are not in the store will take, from explaining a few images.
 
@@ -191,6 +200,8 @@ def cost_estimate(
         Attribution methods; those a model refuses cost nothing.
     seed : int
         Seed of the methods' randomness.
+    options : Mapping[str, Mapping[str, Any]] | None
+        Method to its options.
     probe : int
         Images tried for each model and method.
 
@@ -203,12 +214,13 @@ def cost_estimate(
     rows = []
     jobs = [(name, method) for name in models for method in methods if refusal(models[name], method) is None]
     for name, method in tqdm(jobs, desc="cost estimate", mininterval=1, leave=False):
-        shards = _shards(models[name], dataset, method, seed, {})
+        chosen = dict((options or {}).get(method, {}))
+        shards = _shards(models[name], dataset, method, seed, chosen)
         missing = sum(len(targets) for key, _, targets in shards if not stored_at("attribution", key).exists())
         seconds = 0.0
         if missing:
             few = slice(0, probe)
-            result = explain(models[name], dataset.images[few], dataset.labels[few], method)
+            result = explain(models[name], dataset.images[few], dataset.labels[few], method, **chosen)
             seconds = result.record["seconds"] / len(result.maps) * missing
         rows.append((name, method, missing, seconds))
     return pd.DataFrame(rows, columns=["model", "method", "images", "seconds"])
@@ -222,7 +234,7 @@ def introduce(run: Run) -> None:
     run : Run
         The run.
     """
-    estimate = cost_estimate(run.models, run.dataset, run.settings.methods, run.settings.seed)
+    estimate = cost_estimate(run.models, run.dataset, run.settings.methods, run.settings.seed, run.settings.options)
     todo, seconds = estimate["images"].sum(), estimate["seconds"].sum()
     print(
         f"{len(run.dataset)} images of {run.dataset.name}, {len(run.models)} models, "
@@ -235,7 +247,11 @@ def introduce(run: Run) -> None:
 
 
 def all_maps(
-    models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0
+    models: Mapping[str, Model],
+    dataset: Dataset,
+    methods: Iterable[str],
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Maps of every model by every method that is defined for it.
 
@@ -249,6 +265,8 @@ def all_maps(
         Attribution methods; those a model refuses are left out for that model.
     seed : int
         Seed of the methods' randomness.
+    options : Mapping[str, Mapping[str, Any]] | None
+        Method to its options.
 
     Returns
     -------
@@ -258,7 +276,8 @@ def all_maps(
     jobs = [(name, method) for name in models for method in methods if refusal(models[name], method) is None]
     maps = {}
     for name, method in tqdm(jobs, desc="attributions", mininterval=1):
-        maps[name, method] = attributions(models[name], dataset, method, seed)["maps"]
+        chosen = (options or {}).get(method, {})
+        maps[name, method] = attributions(models[name], dataset, method, seed, **chosen)["maps"]
     return maps
 
 

@@ -32,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},
     "mobilevit": {"learning_rate": 3e-3, "bf16": False},
 }
+SCENE_RECIPES = {"vit": {"train_images": 16_000}}  # scenes are learned from fewer images
 COMMON = {"train_images": 12_000, "epochs": 5, "batch_size": 128, "weight_decay": 0.05}
 COMMONALITY_OBJECT = shapes.OBJECTS[0]
 TEST_IMAGES = 5_000
@@ -90,6 +91,8 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     """
     architecture, labels, seed = parse_name(name)
     recipe = COMMON | RECIPES[architecture]
+    if labels["labels"] != "obj":
+        recipe |= SCENE_RECIPES.get(architecture, {})
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     data = load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels)
     start = time.monotonic()
