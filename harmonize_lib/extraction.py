@@ -241,9 +241,7 @@ def _pair(
     return (
         lambda: explain(model, images, targets, method, **options).maps,
         lambda: (
-            path.attribute(
-                x, target=where, n_steps=CAPTUM_STEPS, method=CAPTUM_RULE, internal_batch_size=default_rows(images)
-            )
+            path.attribute(x, target=where, n_steps=CAPTUM_STEPS, method=CAPTUM_RULE, internal_batch_size=rows)
             .sum(1)
             .detach()
             .cpu()

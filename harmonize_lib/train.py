@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     if labels["labels"] != "obj":
         recipe |= SCENE_RECIPES.get(architecture, {})
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    data = load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels)
+    data = replace(load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels), masks=None, extras={})
     start = time.monotonic()
     torch.manual_seed(seed)  # initial weights and drop path; the order of images has its own generator
     network = ARCHITECTURES[architecture](len(data.classes)).to(memory_format=torch.channels_last).to(place)
