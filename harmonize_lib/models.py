@@ -226,7 +226,9 @@ class Model(nn.Module):
 
 def _family(network: nn.Module) -> str:
     kinds = [type(module).__name__ for module in network.modules()]
-    attends = any("Attention" in kind and "Pool" not in kind for kind in kinds)
+    attends = any(
+        ("Attention" in kind and "Pool" not in kind) or kind in ("ClassAttn", "TalkingHeadAttn") for kind in kinds
+    )
     convolutions = sum(isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) for module in network.modules())
     if not attends:
         return "cnn"
