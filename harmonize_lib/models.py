@@ -24,6 +24,7 @@ from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.storage import sha256_file, sha256_tensors
 
 LEAST_GRID = 4  # a coarser grid than 4 x 4 carries no place
+LOADED: dict[str, str] = {}  # name to weights hash of every model loaded since the notebook started
 
 
 def _vgg(classes: int) -> nn.Module:
@@ -297,6 +298,29 @@ def manifest() -> dict[str, dict[str, Any]]:
         raise HarmonizeError(f"{path.name}: missing or damaged; restore data/weights from the repository") from error
 
 
+def shipped_hash(name: str) -> str:
+    """``Model.weights_hash`` of a zoo model as it ships, without building the network.
+
+    Parameters
+    ----------
+    name : str
+        A zoo name.
+
+    Returns
+    -------
+    str
+        sha256 over all parameters and buffers; empty where the file is missing or damaged.
+    """
+    try:
+        return sha256_tensors(_as_float(_read_weights(paths.WEIGHTS / manifest()[name]["file"])))
+    except HarmonizeError:
+        return ""
+
+
+def _as_float(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
 def list_models() -> list[str]:
     """Names of the zoo's models.
 
@@ -342,6 +366,7 @@ def load_model(spec: str, weights: str | Path | None = None, device: str = "auto
         model = _load_python(spec, rest, weights)
     else:
         model = _load_zoo(spec, weights)
+    LOADED[model.name] = model.weights_hash
     return model.to(place)
 
 
@@ -387,9 +412,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
-        network.load_state_dict(
-            {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-        )
+        network.load_state_dict(_as_float(state))
     except (RuntimeError, AttributeError) as error:
         raise HarmonizeError(
             f"{path.name}: these weights do not fit the architecture (names or shapes differ)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -191,6 +192,27 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         raise HarmonizeError(
             f"parameter {place!r} of {notebook}: {first['msg'].lower()}; got {str(value)[:60]!r}"
         ) from None
+
+
+def recorded(settings: Parameters) -> dict[str, Any]:
+    """Parameters as provenance keeps them: without places of this machine.
+
+    Parameters
+    ----------
+    settings : Parameters
+        From :func:`check`.
+
+    Returns
+    -------
+    dict[str, Any]
+        All but ``output``; of a data set's folder the name, of models what stands before the question mark.
+    """
+    values = settings.model_dump(exclude={"output"})
+    kind, colon, folder = settings.dataset.partition(":")
+    values["dataset"] = f"{kind}{colon}{Path(folder).name}"
+    if "models" in values:
+        values["models"] = [spec.partition("?")[0] for spec in values["models"]]
+    return values
 
 
 def _integers_as_floats(kind: type[Parameters], name: str, value: Any) -> Any:
