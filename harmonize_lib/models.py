@@ -358,7 +358,8 @@ def load_model(spec: str, weights: str | Path | None = None, device: str = "auto
     HarmonizeError
         Unknown spec; weights that are missing, altered, or do not fit; a device that is not there.
     """
-    place = _device(device)
+    place = find_device(device)
+    check_spec(spec)
     kind, _, rest = spec.partition(":")
     if kind == "timm" and rest:
         model = _load_timm(spec, rest, weights)
@@ -370,7 +371,49 @@ def load_model(spec: str, weights: str | Path | None = None, device: str = "auto
     return model.to(place)
 
 
-def _device(device: str) -> torch.device:
+def check_spec(spec: str) -> None:
+    """Refuse what ``load_model`` cannot know, without loading anything.
+
+    Parameters
+    ----------
+    spec : str
+        See :func:`load_model`.
+
+    Raises
+    ------
+    HarmonizeError
+        Neither a zoo name, nor a timm model, nor ``python:module:callable``.
+    """
+    kind, colon, rest = spec.partition(":")
+    if not colon:
+        if spec not in manifest():
+            raise unknown("model", spec, manifest())
+    elif kind == "timm":
+        tag = rest.partition("?")[0]
+        if not timm.is_model(tag.partition(".")[0]):
+            raise unknown("timm model", tag, timm.list_models())
+    elif kind != "python" or not rest.partition(":")[2]:
+        raise HarmonizeError(f"model {spec[:60]!r}: write a zoo name, 'timm:TAG' or 'python:module:callable'")
+
+
+def find_device(device: str) -> torch.device:
+    """Find a device by name.
+
+    Parameters
+    ----------
+    device : str
+        ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``, ...
+
+    Returns
+    -------
+    torch.device
+        The device, tried.
+
+    Raises
+    ------
+    HarmonizeError
+        It is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -383,8 +426,6 @@ def _device(device: str) -> torch.device:
 
 def _load_zoo(name: str, weights: str | Path | None) -> Model:
     entries = manifest()
-    if name not in entries:
-        raise unknown("model", name, entries)
     entry = entries[name]
     path = Path(weights) if weights is not None else paths.WEIGHTS / entry["file"]
     if not path.is_file():
@@ -426,8 +467,6 @@ def _load_timm(spec: str, rest: str, weights: str | Path | None) -> Model:
     weights = settings.pop("weights", weights)
     if weights is not None and not Path(weights).is_file():
         raise HarmonizeError(f"weights of timm:{tag}: {Path(weights).name} is missing: give the path of a local file")
-    if not timm.is_model(tag.partition(".")[0]):
-        raise unknown("timm model", tag, timm.list_models())
     try:
         network = timm.create_model(tag, pretrained=weights is None, **settings)
     except TypeError as error:

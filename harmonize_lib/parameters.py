@@ -12,10 +12,14 @@ from pydantic_core import PydanticCustomError
 
 from harmonize_lib.attribution import METHODS
 from harmonize_lib.consensus import list_rules
+from harmonize_lib.data import check_name
 from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.models import check_spec
+from harmonize_lib.storage import check_folder
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
+SIDES = {"shapes-on-scenes": 64, "imagefolder": 224, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
 STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
 
@@ -31,6 +35,27 @@ class Parameters(BaseModel):
     device: str = Field("auto", description="auto, cpu or cuda")
     output: str = Field("", description="folder for the figures, empty for the one of the repository")
 
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, name: str) -> str:
+        check_name(name)
+        return name
+
+    @field_validator("output")
+    @classmethod
+    def _writable(cls, folder: str) -> str:
+        if folder:
+            check_folder(Path(folder).expanduser())
+        return folder
+
+    @model_validator(mode="after")
+    def _patches_fill_the_image(self) -> Parameters:
+        patch, side = getattr(self, "patch", 1), SIDES.get(self.dataset.partition(":")[0])
+        if side is not None and side % patch:
+            fine = ", ".join(str(n) for n in range(1, side) if side % n == 0)
+            raise HarmonizeError(f"patch={patch} does not divide the image's side, {side}: choose from {fine}")
+        return self
+
 
 class Study(Parameters):
     """A notebook that compares models."""
@@ -41,6 +66,21 @@ class Study(Parameters):
         description="zoo names, timm tags or python callables, as load_model takes them",
     )
     methods: list[str] = Field(STUDY_METHODS, min_length=1, description="attribution methods")
+
+    @field_validator("models")
+    @classmethod
+    def _known_models(cls, specs: list[str]) -> list[str]:
+        for spec in specs:
+            check_spec(spec)
+        return specs
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in METHODS:
+                raise unknown("method", name, METHODS)
+        return names
 
 
 class Patches(Study):
@@ -174,11 +214,11 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
     """
     kind = NOTEBOOKS[notebook]
     simple = (bool, int, float, str, list, dict, tuple, type(None))
-    own = {"In", "Out", "papermill"}
+    ipython = {"In", "Out", "papermill"}
     given = {
         name: value
         for name, value in values.items()
-        if not name.startswith("_") and name not in own and isinstance(value, simple)
+        if not name.startswith("_") and name not in ipython and isinstance(value, simple)
     }
     for name in given:
         if name not in kind.model_fields:
@@ -187,6 +227,8 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         return kind(**{name: _integers_as_floats(kind, name, value) for name, value in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(own := first.get("ctx", {}).get("error"), HarmonizeError):
+            raise HarmonizeError(str(own)) from None
         place = ".".join(str(part) for part in first["loc"]) or str(first["type"])
         value = first["ctx"]["fraction"] if first["type"] == "fraction" else first["input"]
         raise HarmonizeError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from IPython import get_ipython
 
+from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import LOADED
 from harmonize_lib.storage import sha256_json
 
@@ -44,6 +45,18 @@ def executed() -> list[str]:
     return [] if shell is None else list(shell.history_manager.input_hist_raw[1:])
 
 
+def check_injection() -> None:
+    """Refuse values that papermill put above everything, where the notebook's own defaults overwrite them.
+
+    Raises
+    ------
+    HarmonizeError
+        The notebook has no cell tagged ``parameters``.
+    """
+    if "".join(executed()[:1]).startswith(INJECTED):
+        raise HarmonizeError("the notebook has no cell tagged 'parameters': tag its first code cell, then pass values")
+
+
 def stamp(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Tell what made the output of the running cell.
 
@@ -73,7 +86,7 @@ def stamp_outputs(parameters: Mapping[str, Any]) -> None:
     parameters : Mapping[str, Any]
         From ``parameters.recorded``. Outside a Jupyter kernel nothing happens.
     """
-    publisher = getattr(get_ipython(), "display_pub", None)
+    publisher: Any = getattr(get_ipython(), "display_pub", None)
     if not hasattr(publisher, "register_hook"):
         return
     for hook in [hook for hook in publisher._hooks if getattr(hook, "func", None) is _add_stamp]:

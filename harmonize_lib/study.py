@@ -19,7 +19,7 @@ from tqdm import tqdm
 from harmonize_lib import parameters, paths, plots, provenance
 from harmonize_lib.attribution import METHODS, explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
-from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.features import feature_image, mean_color
 from harmonize_lib.models import LOADED, Model, list_models, load_model, manifest
 from harmonize_lib.statistics import bootstrap_interval
@@ -80,9 +80,7 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
         A parameter, data set or model that will not do.
     """
     settings = parameters.check(notebook, values)
-    for method in settings.methods:
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
+    provenance.check_injection()
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
@@ -92,6 +90,12 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
         raise HarmonizeError(f"models name the same network twice: {', '.join(model.name for model in loaded)}"[:200])
+    for name, model in models.items():
+        if tuple(model.classes) != tuple(dataset.classes):
+            raise HarmonizeError(
+                f"model {name!r} knows {len(model.classes)} classes that are not the {len(dataset.classes)} of "
+                f"{dataset.name[:60]}: take models of the same labels"
+            )
     provenance.stamp_outputs(parameters.recorded(settings))
     return Run(notebook, settings, dataset, models, figures / notebook, started)
 

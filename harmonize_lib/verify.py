@@ -164,8 +164,8 @@ def assignments(source: str, name: str) -> dict[str, Any]:
     values = {}
     try:
         for node in ast.parse(source).body:
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]  # type: ignore[attr-defined]
-            values[target.id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+            target: Any = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            values[target.id] = ast.literal_eval(getattr(node, "value", None) or "")
     except (SyntaxError, ValueError, AttributeError) as error:
         raise HarmonizeError(f"{name}: the parameters cell may only assign literals: name = value") from error
     return values
@@ -271,7 +271,8 @@ def _claims(folder: Path) -> Iterator[str]:
     for row in pd.read_csv(path, dtype=str).itertuples():
         claim = CLAIMS.get(row.id)
         if claim is None or (row.source, row.reported, row.measured, row.criterion) != claim[:4]:
-            yield f"claims.csv: claim {row.id} was judged by other words than it has now: harmonize run {folder.name[:2]}"
+            line = f"claims.csv: claim {row.id} was judged by other words than it has now"
+            yield f"{line}: harmonize run {folder.name[:2]}"
 
 
 def _ledger(figures: Path) -> Iterator[str]:
