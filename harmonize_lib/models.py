@@ -443,12 +443,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {name: torch.as_tensor(value) for name, value in state.items()}
     except Exception as error:
         raise HarmonizeError(
             f"{path.name}: not a readable weights file: give .safetensors, or a .pth of tensors alone"
         ) from error
-    inner = state.get("state_dict", state)
-    return inner if isinstance(inner, dict) else state
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -463,7 +463,10 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def _load_timm(spec: str, rest: str, weights: str | Path | None) -> Model:
     tag, _, query = rest.partition("?")
     settings: dict[str, Any] = dict(parse_qsl(query))
-    given = {key: float(settings.pop(key)) for key in ("mean", "std") if key in settings}
+    try:
+        given = {key: float(settings.pop(key)) for key in ("mean", "std") if key in settings}
+    except ValueError as error:
+        raise HarmonizeError(f"timm:{tag}: mean and std take one number, as in '?mean=0.5&std=0.5'") from error
     weights = settings.pop("weights", weights)
     if weights is not None and not Path(weights).is_file():
         raise HarmonizeError(f"weights of timm:{tag}: {Path(weights).name} is missing: give the path of a local file")
