@@ -13,7 +13,7 @@ import pandas as pd
 
 from harmonize_lib.errors import unknown
 from harmonize_lib.statistics import Interval
-from harmonize_lib.storage import write_atomic
+from harmonize_lib.storage import sha256_bytes, write_atomic
 
 REPRODUCED, PARTLY, NOT, UNTESTABLE = "reproduced", "partly", "not reproduced", "not testable here"
 COLUMNS = ("id", "source", "reported", "measured", "criterion", "estimate", "low", "high", "n", "verdict", "notebook")
@@ -120,7 +120,7 @@ CLAIMS: dict[str, Claim] = {
 
 
 def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame:
-    """Judge what a notebook measured and write its part of the ledger.
+    """Judge what a notebook measured and write its part of the ledger, with its checksum as ``sha256sum`` writes it.
 
     Parameters
     ----------
@@ -148,7 +148,9 @@ def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame
         numbers = [f"{value:.4f}" for value in interval[:3]]
         rows.append([name, *claim[:4], *numbers, int(interval.n), verdict, folder.name])
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    write_atomic(folder / "claims.csv", table.to_csv(index=False, lineterminator="\n"))
+    text = table.to_csv(index=False, lineterminator="\n")
+    write_atomic(folder / "claims.csv", text)
+    write_atomic(folder / "claims.sha256", f"{sha256_bytes(text.encode())}  claims.csv\n")
     return table
 
 
@@ -165,12 +167,27 @@ def merge_claims(figures: Path) -> pd.DataFrame:
     pd.DataFrame
         The ledger, in the order of the notebooks.
     """
+    text = ledger_text(figures)
+    write_atomic(figures / "claims.csv", text)
+    return pd.read_csv(io.StringIO(text), dtype=str)
+
+
+def ledger_text(figures: Path) -> str:
+    """Every notebook's claims as one CSV.
+
+    Parameters
+    ----------
+    figures : Path
+        The figures folder.
+
+    Returns
+    -------
+    str
+        Header and one line per claim, in the order of the notebooks.
+    """
     parts = [pd.read_csv(path, dtype=str) for path in sorted(figures.glob("*/claims.csv"))]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
-    buffer = io.StringIO()
-    table.to_csv(buffer, index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
-    write_atomic(figures / "claims.csv", buffer.getvalue())
-    return table
+    return table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
 
 
 def in_words(ledger: pd.DataFrame) -> str:
@@ -193,15 +210,20 @@ def in_words(ledger: pd.DataFrame) -> str:
     )
 
 
-def update_readme(readme: Path, ledger: pd.DataFrame) -> None:
+def readme_text(text: str, ledger: pd.DataFrame) -> str:
     """Draw the ledger between the marks ``<!-- claims -->`` of the README.
 
     Parameters
     ----------
-    readme : Path
-        The file.
+    text : str
+        The README.
     ledger : pd.DataFrame
         From :func:`merge_claims`.
+
+    Returns
+    -------
+    str
+        The README with this ledger.
     """
     rows = [
         f"| {row.source}: {row.reported} | {row.measured} | {row.estimate} [{row.low}, {row.high}], n = {row.n} | "
@@ -213,6 +235,19 @@ def update_readme(readme: Path, ledger: pd.DataFrame) -> None:
         "|---|---|---|---|---|",
         *rows,
     ]
-    before, mark, rest = readme.read_text().partition("<!-- claims -->\n")
+    before, mark, rest = text.partition("<!-- claims -->\n")
     _, end, after = rest.partition("<!-- /claims -->")
-    write_atomic(readme, "".join([before, mark, "\n".join(table), "\n", end, after]))
+    return "".join([before, mark, "\n".join(table), "\n", end, after])
+
+
+def update_readme(readme: Path, ledger: pd.DataFrame) -> None:
+    """Draw the ledger in the README, as :func:`readme_text` does.
+
+    Parameters
+    ----------
+    readme : Path
+        The file.
+    ledger : pd.DataFrame
+        From :func:`merge_claims`.
+    """
+    write_atomic(readme, readme_text(readme.read_text(), ledger))

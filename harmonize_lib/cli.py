@@ -21,6 +21,7 @@ from harmonize_lib.models import list_models, load_model, manifest
 from harmonize_lib.parameters import NOTEBOOKS, check
 from harmonize_lib.plots import PACKAGES
 from harmonize_lib.train import train as train_model
+from harmonize_lib.verify import verify as verify_figures
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -161,6 +162,17 @@ def doctor() -> None:
     for line in bad:
         print(line, file=sys.stderr)
     if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify() -> None:
+    """Check that every figure, table and notebook output is what its provenance says."""
+    problems, summary = verify_figures()
+    for line in problems:
+        print(line, file=sys.stderr)
+    print(summary)
+    if problems:
         raise typer.Exit(1)
 
 

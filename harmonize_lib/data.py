@@ -80,6 +80,26 @@ class Dataset:
         )
 
 
+def check_name(name: str) -> None:
+    """Refuse what ``load_dataset`` cannot know, without loading anything.
+
+    Parameters
+    ----------
+    name : str
+        See :func:`load_dataset`.
+
+    Raises
+    ------
+    HarmonizeError
+        Unknown kind, or no folder where one is needed.
+    """
+    kind, _, folder = name.partition(":")
+    if kind not in LOADERS:
+        raise unknown("dataset", kind, LOADERS)
+    if kind != "shapes-on-scenes" and not folder:
+        raise HarmonizeError(f"dataset {kind!r} needs a folder: write '{kind}:DIR'")
+
+
 def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int = 0, **options: object) -> Dataset:
     """Load a data set by name.
 
@@ -109,16 +129,8 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     HarmonizeError
         Unknown name, split or option; n < 1 or beyond the set; a file that is not an image.
     """
-    kind, _, folder = name.partition(":")
-    loaders: dict[str, Callable[..., Dataset]] = {
-        "shapes-on-scenes": _shapes_on_scenes,
-        "imagefolder": _imagefolder,
-        **dict.fromkeys(TORCHVISION, _torchvision),
-    }
-    if kind not in loaders:
-        raise unknown("dataset", kind, loaders)
-    if kind != "shapes-on-scenes" and not folder:
-        raise HarmonizeError(f"dataset {kind!r} needs a folder: write '{kind}:DIR'")
+    check_name(name)
+    kind = name.partition(":")[0]
     if split not in shapes.SPLITS:
         raise unknown("split", split, shapes.SPLITS)
     if n is not None and n < 1:
@@ -130,7 +142,7 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     for option in options:
         if option not in allowed:
             raise unknown(f"option of dataset {kind}", option, allowed)
-    dataset = loaders[kind](name, split, n, seed, **options)
+    dataset = LOADERS[kind](name, split, n, seed, **options)
     wrong = n is not None and len(dataset) != n
     if wrong or not len(dataset) == len(dataset.images) == len(dataset.ids) == len(set(dataset.ids)):
         raise HarmonizeError(f"{name}: asked for {n} images, found {len(dataset)}: ask for fewer or leave n out")
@@ -328,3 +340,10 @@ def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool
         ids=tuple(f"{split}-{i:06d}" for i in order.tolist()),
         name=kind,
     )
+
+
+LOADERS: dict[str, Callable[..., Dataset]] = {
+    "shapes-on-scenes": _shapes_on_scenes,
+    "imagefolder": _imagefolder,
+    **dict.fromkeys(TORCHVISION, _torchvision),
+}

@@ -9,6 +9,10 @@ from difflib import get_close_matches
 class HarmonizeError(ValueError):
     """A user's mistake, told in one line: what is wrong and what would be right."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the line alone."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def unknown(kind: str, name: object, options: Iterable[str]) -> HarmonizeError:
     """Error for a name that is not among the options.

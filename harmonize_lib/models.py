@@ -24,6 +24,7 @@ from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.storage import sha256_file, sha256_tensors
 
 LEAST_GRID = 4  # a coarser grid than 4 x 4 carries no place
+LOADED: dict[str, str] = {}  # name to weights hash of every model loaded since the notebook started
 
 
 def _vgg(classes: int) -> nn.Module:
@@ -299,6 +300,29 @@ def manifest() -> dict[str, dict[str, Any]]:
         raise HarmonizeError(f"{path.name}: missing or damaged; restore data/weights from the repository") from error
 
 
+def shipped_hash(name: str) -> str:
+    """``Model.weights_hash`` of a zoo model as it ships, without building the network.
+
+    Parameters
+    ----------
+    name : str
+        A zoo name.
+
+    Returns
+    -------
+    str
+        sha256 over all parameters and buffers; empty where the file is missing or damaged.
+    """
+    try:
+        return sha256_tensors(_as_float(_read_weights(paths.WEIGHTS / manifest()[name]["file"])))
+    except HarmonizeError:
+        return ""
+
+
+def _as_float(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
 def list_models() -> list[str]:
     """Names of the zoo's models.
 
@@ -336,7 +360,8 @@ def load_model(spec: str, weights: str | Path | None = None, device: str = "auto
     HarmonizeError
         Unknown spec; weights that are missing, altered, or do not fit; a device that is not there.
     """
-    place = _device(device)
+    place = find_device(device)
+    check_spec(spec)
     kind, _, rest = spec.partition(":")
     if kind == "timm" and rest:
         model = _load_timm(spec, rest, weights)
@@ -344,10 +369,53 @@ def load_model(spec: str, weights: str | Path | None = None, device: str = "auto
         model = _load_python(spec, rest, weights)
     else:
         model = _load_zoo(spec, weights)
+    LOADED[model.name] = model.weights_hash
     return model.to(place)
 
 
-def _device(device: str) -> torch.device:
+def check_spec(spec: str) -> None:
+    """Refuse what ``load_model`` cannot know, without loading anything.
+
+    Parameters
+    ----------
+    spec : str
+        See :func:`load_model`.
+
+    Raises
+    ------
+    HarmonizeError
+        Neither a zoo name, nor a timm model, nor ``python:module:callable``.
+    """
+    kind, colon, rest = spec.partition(":")
+    if not colon:
+        if spec not in manifest():
+            raise unknown("model", spec, manifest())
+    elif kind == "timm":
+        tag = rest.partition("?")[0]
+        if not timm.is_model(tag.partition(".")[0]):
+            raise unknown("timm model", tag, timm.list_models())
+    elif kind != "python" or not rest.partition(":")[2]:
+        raise HarmonizeError(f"model {spec[:60]!r}: write a zoo name, 'timm:TAG' or 'python:module:callable'")
+
+
+def find_device(device: str) -> torch.device:
+    """Find a device by name.
+
+    Parameters
+    ----------
+    device : str
+        ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``, ...
+
+    Returns
+    -------
+    torch.device
+        The device, tried.
+
+    Raises
+    ------
+    HarmonizeError
+        It is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -360,8 +428,6 @@ def _device(device: str) -> torch.device:
 
 def _load_zoo(name: str, weights: str | Path | None) -> Model:
     entries = manifest()
-    if name not in entries:
-        raise unknown("model", name, entries)
     entry = entries[name]
     path = Path(weights) if weights is not None else paths.WEIGHTS / entry["file"]
     if not path.is_file():
@@ -375,23 +441,19 @@ def _load_zoo(name: str, weights: str | Path | None) -> Model:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {name: torch.as_tensor(value) for name, value in state.items()}
     except Exception as error:
         raise HarmonizeError(
             f"{path.name}: not a readable weights file: give .safetensors, or a .pth of tensors alone"
         ) from error
-    inner = state.get("state_dict", state)
-    return inner if isinstance(inner, dict) else state
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
-        network.load_state_dict(
-            {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-        )
+        network.load_state_dict(_as_float(state))
     except (RuntimeError, AttributeError) as error:
         raise HarmonizeError(
             f"{path.name}: these weights do not fit the architecture (names or shapes differ)"
@@ -401,12 +463,13 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def _load_timm(spec: str, rest: str, weights: str | Path | None) -> Model:
     tag, _, query = rest.partition("?")
     settings: dict[str, Any] = dict(parse_qsl(query))
-    given = {key: float(settings.pop(key)) for key in ("mean", "std") if key in settings}
+    try:
+        given = {key: float(settings.pop(key)) for key in ("mean", "std") if key in settings}
+    except ValueError as error:
+        raise HarmonizeError(f"timm:{tag}: mean and std take one number, as in '?mean=0.5&std=0.5'") from error
     weights = settings.pop("weights", weights)
     if weights is not None and not Path(weights).is_file():
         raise HarmonizeError(f"weights of timm:{tag}: {Path(weights).name} is missing: give the path of a local file")
-    if not timm.is_model(tag.partition(".")[0]):
-        raise unknown("timm model", tag, timm.list_models())
     try:
         network = timm.create_model(tag, pretrained=weights is None, **settings)
     except TypeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -11,10 +12,14 @@ from pydantic_core import PydanticCustomError
 
 from harmonize_lib.attribution import METHODS
 from harmonize_lib.consensus import list_rules
+from harmonize_lib.data import check_name
 from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.models import check_spec
+from harmonize_lib.storage import check_folder
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
+SIDES = {"shapes-on-scenes": 64, "imagefolder": 224, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
 STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
 
@@ -30,6 +35,27 @@ class Parameters(BaseModel):
     device: str = Field("auto", description="auto, cpu or cuda")
     output: str = Field("", description="folder for the figures, empty for the one of the repository")
 
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, name: str) -> str:
+        check_name(name)
+        return name
+
+    @field_validator("output")
+    @classmethod
+    def _writable(cls, folder: str) -> str:
+        if folder:
+            check_folder(Path(folder).expanduser())
+        return folder
+
+    @model_validator(mode="after")
+    def _patches_fill_the_image(self) -> Parameters:
+        patch, side = getattr(self, "patch", 1), SIDES.get(self.dataset.partition(":")[0])
+        if side is not None and side % patch:
+            fine = ", ".join(str(n) for n in range(1, side) if side % n == 0)
+            raise HarmonizeError(f"patch={patch} does not divide the image's side, {side}: choose from {fine}")
+        return self
+
 
 class Study(Parameters):
     """A notebook that compares models."""
@@ -43,6 +69,32 @@ class Study(Parameters):
     options: dict[str, dict[str, Any]] = Field(
         {}, description='options of methods, e.g. {"integrated_gradients": {"max_steps": 32}}'
     )
+
+    @field_validator("models")
+    @classmethod
+    def _known_models(cls, specs: list[str]) -> list[str]:
+        for spec in specs:
+            check_spec(spec)
+        return specs
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in METHODS:
+                raise unknown("method", name, METHODS)
+        return names
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for method, chosen in options.items():
+            if method not in METHODS:
+                raise unknown("method", method, METHODS)
+            for name in chosen:
+                if name not in METHODS[method].options:
+                    raise unknown(f"option of {method}", name, METHODS[method].options)
+        return options
 
 
 class Patches(Study):
@@ -176,11 +228,11 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
     """
     kind = NOTEBOOKS[notebook]
     simple = (bool, int, float, str, list, dict, tuple, type(None))
-    own = {"In", "Out", "papermill"}
+    ipython = {"In", "Out", "papermill"}
     given = {
         name: value
         for name, value in values.items()
-        if not name.startswith("_") and name not in own and isinstance(value, simple)
+        if not name.startswith("_") and name not in ipython and isinstance(value, simple)
     }
     for name in given:
         if name not in kind.model_fields:
@@ -189,11 +241,34 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         return kind(**{name: _integers_as_floats(kind, name, value) for name, value in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(own := first.get("ctx", {}).get("error"), HarmonizeError):
+            raise HarmonizeError(str(own)) from None
         place = ".".join(str(part) for part in first["loc"]) or str(first["type"])
         value = first["ctx"]["fraction"] if first["type"] == "fraction" else first["input"]
         raise HarmonizeError(
             f"parameter {place!r} of {notebook}: {first['msg'].lower()}; got {str(value)[:60]!r}"
         ) from None
+
+
+def recorded(settings: Parameters) -> dict[str, Any]:
+    """Parameters as provenance keeps them: without places of this machine.
+
+    Parameters
+    ----------
+    settings : Parameters
+        From :func:`check`.
+
+    Returns
+    -------
+    dict[str, Any]
+        All but ``output``; of a data set's folder the name, of models what stands before the question mark.
+    """
+    values = settings.model_dump(exclude={"output"})
+    kind, colon, folder = settings.dataset.partition(":")
+    values["dataset"] = f"{kind}{colon}{Path(folder).name}"
+    if "models" in values:
+        values["models"] = [spec.partition("?")[0] for spec in values["models"]]
+    return values
 
 
 def _integers_as_floats(kind: type[Parameters], name: str, value: Any) -> Any:

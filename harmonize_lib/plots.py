@@ -161,6 +161,8 @@ def save_figure(
     parameters: Mapping[str, Any],
     weights: Mapping[str, str],
     seconds: float,
+    code: str = "",
+    timed: bool = False,
 ) -> Path:
     """Save a figure as SVG and PNG, its numbers as CSV and its provenance as JSON.
 
@@ -180,6 +182,10 @@ def save_figure(
         Model name to ``Model.weights_hash``.
     seconds : float
         Time the notebook had spent when the figure was made.
+    code : str
+        ``provenance.code_hash`` of the cells run so far; empty outside a notebook.
+    timed : bool
+        The table holds measured seconds, so that no two runs give the same bytes.
 
     Returns
     -------
@@ -191,6 +197,8 @@ def save_figure(
         buffer = io.BytesIO()
         figure.savefig(buffer, format=ending, metadata=metadata, bbox_inches="tight")
         files[ending] = buffer.getvalue()
+    path = folder / f"{name}.json"
+    path.unlink(missing_ok=True)
     for ending, data in files.items():
         write_atomic(folder / f"{name}.{ending}", data)
     provenance = {
@@ -198,6 +206,8 @@ def save_figure(
         "parameters": dict(parameters),
         "weights": dict(weights),
         "sha256": {ending: sha256_bytes(data) for ending, data in files.items()},
+        "code": code,
+        "timed": timed,
         "commit": _commit(),
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name()
@@ -205,7 +215,6 @@ def save_figure(
         else f"CPU, {torch.get_num_threads()} threads",
         "seconds": round(seconds, 1),
     }
-    path = folder / f"{name}.json"
     write_atomic(path, json.dumps(provenance, indent=1) + "\n")
     return path
 

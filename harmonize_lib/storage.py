@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from harmonize_lib import paths
+from harmonize_lib.errors import HarmonizeError
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -87,6 +88,26 @@ def sha256_json(value: object) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is computed for it.
+
+    Parameters
+    ----------
+    folder : Path
+        It need not exist; nothing is made.
+
+    Raises
+    ------
+    HarmonizeError
+        A file stands in the way, or the folder is read-only.
+    """
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise HarmonizeError(f"folder {str(folder)[-80:]!r}: {there.name} is a file; choose another folder")
+    if not os.access(there, os.W_OK):
+        raise HarmonizeError(f"folder {str(folder)[-80:]!r} cannot be written: choose another folder")
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file whole or not at all.
 
@@ -96,19 +117,28 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         Where; its folder is made.
     data : bytes | str
         What; text is written as UTF-8.
+
+    Raises
+    ------
+    HarmonizeError
+        The folder cannot be made or written, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o644)
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        place = str(path)[-80:]
+        raise HarmonizeError(f"cannot write {place}: {error.strerror}; choose a folder that can be written") from error
 
 
 def stored_at(kind: str, key: Mapping[str, object], folder: Path | None = None) -> Path:

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from harmonize_lib import parameters, paths, plots
+from harmonize_lib import parameters, paths, plots, provenance
 from harmonize_lib.attribution import METHODS, explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
-from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.features import feature_image, mean_color
-from harmonize_lib.models import Model, list_models, load_model, manifest
+from harmonize_lib.models import LOADED, Model, list_models, load_model, manifest
 from harmonize_lib.statistics import bootstrap_interval
 from harmonize_lib.storage import remember, sha256_tensors, stored_at
 from harmonize_lib.train import predict
@@ -80,21 +80,23 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
         A parameter, data set or model that will not do.
     """
     settings = parameters.check(notebook, values)
-    for method in [*settings.methods, *settings.options]:
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
-    for method, chosen in settings.options.items():
-        for name in chosen:
-            if name not in METHODS[method].options:
-                raise unknown(f"option of {method}", name, METHODS[method].options)
+    provenance.check_injection()
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
     dataset = load_dataset(settings.dataset, "test", settings.n_images)
+    LOADED.clear()
     loaded = [load_model(spec, device=settings.device) for spec in settings.models]
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
         raise HarmonizeError(f"models name the same network twice: {', '.join(model.name for model in loaded)}"[:200])
+    for name, model in models.items():
+        if tuple(model.classes) != tuple(dataset.classes):
+            raise HarmonizeError(
+                f"model {name!r} knows {len(model.classes)} classes that are not the {len(dataset.classes)} of "
+                f"{dataset.name[:60]}: take models of the same labels"
+            )
+    provenance.stamp_outputs(parameters.recorded(settings))
     return Run(notebook, settings, dataset, models, figures / notebook, started)
 
 
@@ -424,7 +426,7 @@ def controls(run: Run) -> dict[tuple[str, str], Tensor]:
     return maps
 
 
-def save(run: Run, figure: Figure, table: pd.DataFrame, name: str) -> None:
+def save(run: Run, figure: Figure, table: pd.DataFrame, name: str, timed: bool = False) -> None:
     """Save a figure of the run with its numbers and provenance.
 
     Parameters
@@ -437,10 +439,14 @@ def save(run: Run, figure: Figure, table: pd.DataFrame, name: str) -> None:
         Its numbers.
     name : str
         Its name.
+    timed : bool
+        The table holds measured seconds: verification and comparison of runs then know that it never repeats.
     """
-    weights = {key: model.weights_hash for key, model in run.models.items()}
-    values = run.settings.model_dump(exclude={"output"}) | {"models": list(run.models), "dataset": run.dataset.name}
-    plots.save_figure(figure, table, run.folder, name, values, weights, time.monotonic() - run.started)
+    weights = LOADED | {key: model.weights_hash for key, model in run.models.items()}
+    values = parameters.recorded(run.settings)
+    code = provenance.code_hash(provenance.executed())
+    seconds = time.monotonic() - run.started
+    plots.save_figure(figure, table, run.folder, name, values, weights, seconds, code, timed)
 
 
 def predictions(model: Model, images: Tensor) -> Tensor:

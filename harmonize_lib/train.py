@@ -21,8 +21,8 @@ from tqdm import tqdm
 from harmonize_lib import paths, shapes
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
-from harmonize_lib.models import ARCHITECTURES, Model
-from harmonize_lib.storage import sha256_bytes, sha256_json, write_atomic
+from harmonize_lib.models import ARCHITECTURES, Model, find_device
+from harmonize_lib.storage import check_folder, sha256_bytes, sha256_json, write_atomic
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet": {"learning_rate": 4e-3, "bf16": True},
@@ -94,7 +94,8 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     recipe = COMMON | RECIPES[architecture]
     if labels["labels"] != "obj":
         recipe |= SCENE_RECIPES.get(architecture, {})
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = find_device(device)
+    check_folder(folder)
     data = replace(load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels), masks=None, extras={})
     start = time.monotonic()
     torch.manual_seed(seed)  # initial weights and drop path; the order of images has its own generator
