@@ -129,8 +129,6 @@ def _execute(jobs: list[Job], workers: int, scheduler: str | None, fresh: bool) 
     same = {job.target for job in jobs if not fresh and is_unchanged(job)}
     changed = [job for job in jobs if job.target not in same]
     settings = [check(job.source.stem, job.parameters) for job in changed]
-    for one in settings:
-        preflight(one)
     clustered = changed and (scheduler is not None or workers > 1)
     outcomes = iter(run_jobs(changed, workers, scheduler, missing_maps(settings) if clustered else (), tell))
     return [Outcome("unchanged") if job.target in same else next(outcomes) for job in jobs]
@@ -164,9 +162,9 @@ def run(
 ) -> None:
     """Run notebooks and make their figures; what finished before and has not changed is not run again.
 
-    harmonize run                              every notebook with its defaults
+    Every notebook with its defaults: harmonize run
 
-    harmonize run 04 -p n_images 40 -p models '[resnet-obj, vit-obj]' --out my-figures
+    One, your way: harmonize run 04 -p n_images 40 -p models '[vgg-obj, vit-obj]' --out mine
     """
     start = time.monotonic()
     profiles = ["quick", *sorted(path.name for path in PROFILES.iterdir() if path.is_dir())]
@@ -357,7 +355,7 @@ def doctor() -> None:
             load_model(name, device="cpu")
         except HarmonizeError as error:
             bad.append(str(error))
-    print(f"weights: {len(entries) - len(bad)} of {len(entries)} whole")
+    print(f"weights: {len(entries) - len(bad)} of {len(entries)} whole: {', '.join(entries)}")
     for line in bad:
         print(line, file=sys.stderr)
     stored = sum(path.stat().st_size for path in paths.CACHE.rglob("*") if path.is_file())

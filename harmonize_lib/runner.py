@@ -606,6 +606,7 @@ def compute_maps(unit: Maps) -> None:
         Which.
     """
     with _one_at_a_time:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as in run_notebook
         dataset = _dataset(unit.dataset, unit.n_images)
         part = torch.arange(len(dataset)).split(study.CHUNK)[unit.shard]
         study.attributions(_model(unit.model, unit.device), dataset.select(part), unit.method, unit.seed)
