@@ -186,17 +186,14 @@ def main() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     os.environ["TQDM_DISABLE"] = "1"  # of the kernel: no progress bars in outputs; papermill has read it before
+    result: dict[str, Any]
     try:
         with FileLock(str(lock_of(Path(job["target"]))), timeout=LOCK_SECONDS):
             result = execute(job, stopped)
     except Timeout:
-        result: dict[str, Any] = {
-            "state": "failed",
-            "cell": None,
-            "error": "another process is executing this notebook: wait for it",
-        }
+        result = {"state": "failed", "cell": None, "error": "another process is executing this notebook: wait for it"}
     except KeyboardInterrupt:
-        result: dict[str, Any] = {"state": "failed", "cell": None, "error": stopped[0] if stopped else "interrupted"}
+        result = {"state": "failed", "cell": None, "error": stopped[0] if stopped else "interrupted"}
     print(json.dumps(result), file=result_stream, flush=True)
 
 

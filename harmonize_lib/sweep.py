@@ -284,7 +284,7 @@ def draw(table: pd.DataFrame, grid: Mapping[str, Sequence[Any]], title: str) -> 
     shown = panels[:MOST_PANELS]
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows + 0.5), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows + 0.5), squeeze=False)
     for ax, panel in zip(axes.flat, shown, strict=False):
         for shift, (name, color) in enumerate(zip(names, colors, strict=True)):
             part = drawn[(drawn["what"] == panel) & (lines == name)]
@@ -295,13 +295,13 @@ def draw(table: pd.DataFrame, grid: Mapping[str, Sequence[Any]], title: str) -> 
             )
         ax.axhline(0, color="0.3", lw=0.8)
         heading = CLAIMS[panel].measured if panel in CLAIMS else panel
-        ax.set_title("\n".join(textwrap.wrap(heading, 46)), fontsize=7.5)
-        ax.set(ylabel="estimate (95 % interval)", xticks=range(len(values)), xlim=(-0.5, len(values) - 0.5))
+        ax.set_title("\n".join(textwrap.wrap(heading, 40)), fontsize=7.5)
+        ax.set(xlabel=along, xticks=range(len(values)), xlim=(-0.5, len(values) - 0.5))
         ax.set_xticklabels(["\n".join(textwrap.wrap(str(value), 24)) for value in values])
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
-    for ax in axes[-1]:
-        ax.set_xlabel(along)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("estimate (95 % interval)")
     rest = f"; {len(panels) - len(shown)} more in the table" if len(panels) > len(shown) else ""
     figure.suptitle(f"{title}{rest}", fontsize=9, fontweight="bold", x=0.01, ha="left")
     if others:
