@@ -612,7 +612,7 @@ def compute_maps(unit: Maps) -> None:
         study.attributions(_model(unit.model, unit.device), dataset.select(part), unit.method, unit.seed)
 
 
-def seconds_of_shard(unit: Maps, probe: int = 2) -> float:
+def seconds_of_shard(unit: Maps, probe: int = 1) -> float:
     """Seconds a shard of maps takes here, from explaining a few of its images.
 
     Parameters

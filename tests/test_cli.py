@@ -51,78 +51,72 @@ def test_run_writes_figures_with_their_provenance(ran):
     assert f"{len(made)} figures written" in result.stdout and "1 of 1 notebooks finished" in result.stdout
 
 
-def test_run_again_has_nothing_to_do_and_fresh_reuses_the_store(ran):
+@pytest.fixture
+def here(monkeypatch, capsys, ran):
+    """The command in this process, with the store of the small run: exit code, stdout and stderr."""
+    monkeypatch.setattr(paths, "CACHE", ran[0] / "cache")
+
+    def said(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["harmonize", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return said
+
+
+def test_run_again_has_nothing_to_do(ran, here):
     folder, _ = ran
-    stored = {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*.safetensors")}
-    arguments = ("run", "03", *SMALL, "--out", str(folder / "figures"), "--jobs", "1")
+    code, told, _ = here("run", "03", *SMALL, "--out", str(folder / "figures"), "--jobs", "1")
+    assert code == 0 and "not run again, unchanged since they finished: 03" in told
+    assert "1 of 1 notebooks finished" in told
+
+
+def test_a_fresh_run_reuses_the_store_but_for_a_corrupt_shard_and_says_so(ran, here):
+    folder, _ = ran
+    there = {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*.safetensors")}
+    shard = next(path for path in there if path.parents[1].name == "attribution")
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    shard.write_bytes(flipped)
     before = tables(folder / "figures")
-    result = harmonize(*arguments, cache=folder / "cache")
-    assert result.returncode == 0 and "not run again, unchanged since they finished: 03" in result.stdout
-    result = harmonize(*arguments, "--fresh", cache=folder / "cache")
-    assert result.returncode == 0 and "not run again" not in result.stdout
-    assert stored == {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*.safetensors")}
+    code, told, error = here("run", "03", *SMALL, "--out", str(folder / "figures"), "--jobs", "1", "--fresh")
+    assert code == 0 and "not run again" not in told
+    assert f"03_feature_images: stored attribution {shard.stem[:12]} is corrupt: computing it again" in error
     assert tables(folder / "figures") == before
+    after = {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*.safetensors")}
+    assert {path for path in after if after[path] != there.get(path)} == {shard}
 
 
-def test_jobs_do_not_change_a_byte(ran, tmp_path):
-    """Maps made by workers, in a store of their own; two threads would change MobileNet's last digits."""
+def test_a_notebook_that_takes_too_long_is_named_and_the_exit_code_says_so(tmp_path, here):
+    code, told, error = here("run", "03", *SMALL, "--out", str(tmp_path), "--timeout", "1", "--jobs", "1")
+    assert code == 1 and "0 of 1 notebooks finished" in told
+    assert "failed: 03_feature_images: " in error and "took longer than 1 s" in error
+    assert "the ledger of claims was left as it is" in told and not (tmp_path / "claims.csv").exists()
+
+
+def test_a_sweep_on_two_workers_is_one_table_of_all_sets_and_jobs_do_not_change_a_byte(
+    ran, here, tmp_path, monkeypatch
+):
+    """Maps are made anew, by workers; on two threads MobileNet's last digits would differ."""
     folder, _ = ran
-    result = harmonize("run", "03", *SMALL, "--out", str(tmp_path / "figures"), "--jobs", "2", cache=tmp_path / "cache")
-    assert result.returncode == 0, result.stderr
-    assert "maps and notebooks" in result.stderr and tables(tmp_path / "figures") == tables(folder / "figures")
-    of = [
-        {p.name: p.read_bytes() for p in (f / "cache" / "attribution").rglob("*.safetensors")}
-        for f in (folder, tmp_path)
-    ]
-    assert of[0].keys() == of[1].keys() and len(of[0]) == 4
-
-
-def test_a_corrupt_shard_is_computed_again_and_told(ran):
-    folder, _ = ran
-    shard = next((folder / "cache" / "attribution").rglob("*.safetensors"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    shard.write_bytes(data)
-    before = tables(folder / "figures")
-    arguments = ("run", "03", *SMALL, "--out", str(folder / "figures"), "--jobs", "1", "--fresh")
-    result = harmonize(*arguments, cache=folder / "cache")
-    assert result.returncode == 0
-    assert f"03_feature_images: stored attribution {shard.stem[:12]} is corrupt: computing it again" in result.stderr
-    assert tables(folder / "figures") == before
-
-
-def test_a_notebook_that_takes_too_long_is_named_and_the_exit_code_says_so(tmp_path):
-    result = harmonize("run", "03", *SMALL, "--out", str(tmp_path), "--timeout", "1", "--jobs", "1")
-    assert result.returncode == 1 and "0 of 1 notebooks finished" in result.stdout
-    assert "failed: 03_feature_images: " in result.stderr and "took longer than 1 s" in result.stderr
-    assert "the ledger of claims was left as it is" in result.stdout and not (tmp_path / "claims.csv").exists()
-
-
-def test_a_sweep_gives_one_table_and_one_figure_of_all_sets(ran, tmp_path):
-    folder, _ = ran
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HARMONIZE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "grid.yaml").write_text(
         "notebook: 3\ngrid: {seed: [0, 1]}\n"
         "base: {models: [resnet-obj, mobilenet-obj], methods: [saliency, integrated_gradients], n_images: 10}\n"
     )
-    arguments = ("sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1")
-    result = harmonize(*arguments, cache=folder / "cache")
-    assert result.returncode == 0 and "2 of 2 parameter sets finished" in result.stdout, result.stderr
+    code, told, error = here("sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2")
+    assert code == 0 and "2 of 2 parameter sets finished" in told and "maps and notebooks" in error
     table = pd.read_csv(tmp_path / "out" / "sweep.csv")
     assert list(table.columns[:3]) == ["seed", "result", "what"] and set(table["seed"]) == {0, 1}
     for seed, part in table[table["result"] == "selectivity"].groupby("seed"):
         (one,) = (tmp_path / "out").glob(f"seed={seed}-*/03_feature_images/selectivity.csv")
         assert part["mean"].tolist() == pd.read_csv(one)["mean"].tolist()
     assert {"sweep.svg", "sweep.png", "sweep.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    again = harmonize(*arguments, cache=folder / "cache")
-    assert again.returncode == 0 and "2 of 2 parameter sets finished, 2 of them before" in again.stdout
-
-
-def here(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """The command in this process: its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["harmonize", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0), *capsys.readouterr()
+    (same,) = (tmp_path / "out").glob("seed=0-*")
+    assert tables(same / "03_feature_images") == tables(folder / "figures" / "03_feature_images")
 
 
 @pytest.mark.parametrize(
@@ -160,17 +154,17 @@ def here(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
         (["data", "--n", "0"], "at least 1"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2_and_leave_nothing(monkeypatch, capsys, tmp_path, arguments, says):
+def test_mistakes_are_one_line_and_exit_code_2_and_leave_nothing(here, monkeypatch, tmp_path, arguments, says):
     monkeypatch.chdir(tmp_path)
     out = [] if "--out" in arguments or arguments[0] not in ("run", "sweep") else ["--out", str(tmp_path / "out")]
-    code, told, error = here(monkeypatch, capsys, *arguments, *out)
+    code, told, error = here(*arguments, *out)
     assert code == 2 and told == ""
     assert says in error and len(error.strip().splitlines()) == 1 and len(error.strip()) <= 200
     assert list(tmp_path.iterdir()) == []
 
 
-def test_params_tells_name_type_default_range_and_meaning(monkeypatch, capsys):
-    code, told, _ = here(monkeypatch, capsys, "params", "4")
+def test_params_tells_name_type_default_range_and_meaning(here):
+    code, told, _ = here("params", "4")
     assert code == 0
     for name, info in NOTEBOOKS["04_cross_architecture_transfer"].model_fields.items():
         assert f"\n{name}: " in told and f"\n    {info.description}\n" in told
@@ -179,23 +173,23 @@ def test_params_tells_name_type_default_range_and_meaning(monkeypatch, capsys):
     assert "list of number" in told and "each > 0, ≤ 1)" in told
 
 
-def test_every_command_explains_itself(monkeypatch, capsys):
-    code, told, _ = here(monkeypatch, capsys, "--help")
+def test_every_command_explains_itself(here):
+    code, told, _ = here("--help")
     assert code == 0
     for name in ("run", "sweep", "params", "export", "train", "data", "doctor"):
         assert f"  {name} " in told
-        code, help_, _ = here(monkeypatch, capsys, name, "--help")
+        code, help_, _ = here(name, "--help")
         assert code == 0 and "Usage: harmonize" in help_
 
 
-def test_export_writes_pages(monkeypatch, capsys, tmp_path, ran):
+def test_export_writes_pages(here, tmp_path, ran):
     kept = ran[0] / "figures" / "03_feature_images.ipynb"
-    code, told, _ = here(monkeypatch, capsys, "export", str(kept), "--out", str(tmp_path / "html"))
+    code, told, _ = here("export", str(kept), "--out", str(tmp_path / "html"))
     page = (tmp_path / "html" / "03_feature_images.html").read_text()
     assert code == 0 and "1 pages written" in told
     assert page.startswith("<!DOCTYPE html>") and "image/png;base64" in page and "reproduced" in page
 
 
-def test_data_says_what_it_holds(monkeypatch, capsys):
-    code, told, _ = here(monkeypatch, capsys, "data", "--n", "100")
+def test_data_says_what_it_holds(here):
+    code, told, _ = here("data", "--n", "100")
     assert code == 0 and "10 classes" in told and "images per class: 10 to 10" in told
