@@ -17,7 +17,7 @@ figures: env
 	$(BIN)/harmonize run
 
 notebooks: env  # execute in place: what is committed shows its outputs
-	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lint: env
 	$(BIN)/ruff check
@@ -27,4 +27,4 @@ lint: env
 
 test: lint
 	$(BIN)/python -m pytest tests
-	HARMONIZE_FIGURES=$(CURDIR)/$(VENV)/figures $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
+	OMP_NUM_THREADS=1 HARMONIZE_FIGURES=$(CURDIR)/$(VENV)/figures $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks

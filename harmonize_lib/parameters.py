@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -58,7 +58,9 @@ class Parameters(BaseModel):
 
 
 class Study(Parameters):
-    """A notebook that compares models."""
+    """A notebook that compares models; ``extracts`` says whether it needs every map of ``models`` by ``methods``."""
+
+    extracts: ClassVar[bool] = True
 
     models: list[str] = Field(
         [f"{name}-obj" for name in ARCHITECTURES],
@@ -114,6 +116,8 @@ class Patches(Study):
 
 class DataAndModels(Study):
     """Notebook 01."""
+
+    extracts: ClassVar[bool] = False
 
     n_accuracy: int = Field(2000, ge=100, le=10_000, description="test images for the zoo's accuracy")
     patch: int = Field(4, ge=1, description="side of a patch in pixels; divides the image's side")

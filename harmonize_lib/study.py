@@ -163,6 +163,31 @@ def _shards(
         yield key, images, targets
 
 
+def missing_shards(model: Model, dataset: Dataset, method: str, seed: int = 0, **options: Any) -> list[int]:
+    """Shards of the maps of one model by one method that are not in the store.
+
+    Parameters
+    ----------
+    model : Model
+        The model explained.
+    dataset : Dataset
+        N images; shard i holds the images from ``CHUNK`` * i on.
+    method : str
+        A method that is defined for the model.
+    seed : int
+        Seed of the method's randomness.
+    **options : Any
+        Options of the method.
+
+    Returns
+    -------
+    list[int]
+        Numbers of the shards.
+    """
+    shards = enumerate(_shards(model, dataset, method, seed, options))
+    return [i for i, (key, _, _) in shards if not stored_at("attribution", key).exists()]
+
+
 def _explain(
     model: Model, images: Tensor, targets: Tensor, method: str, seed: int, options: dict[str, Any]
 ) -> dict[str, Tensor]:

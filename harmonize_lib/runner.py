@@ -1,0 +1,636 @@
+"""Runs that are either complete and provably so, or say what is missing: one child process per notebook, or Dask."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbformat
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from harmonize_lib import execution, paths, study
+from harmonize_lib.attribution import explain, refusal
+from harmonize_lib.data import Dataset, load_dataset
+from harmonize_lib.errors import HarmonizeError
+from harmonize_lib.models import Model, load_model
+from harmonize_lib.parameters import NOTEBOOKS, check
+from harmonize_lib.plots import PACKAGES
+from harmonize_lib.storage import sha256_file, sha256_json, write_atomic
+
+NOT_READ_BY_NOTEBOOKS = ("cli.py", "runner.py", "execution.py", "sweep.py", "verify.py")
+STOP_SECONDS = 15  # how long a notebook that is stopped may take to save itself
+CONNECT_SECONDS = 10
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with one set of parameters.
+
+    Attributes
+    ----------
+    name : str
+        What it is called in messages.
+    source : Path
+        The notebook.
+    target : Path
+        Where the executed notebook is kept.
+    figures : Path
+        The folder its figures go to.
+    parameters : dict[str, Any]
+        What papermill injects.
+    inputs : dict[str, Any]
+        Everything the result depends on, by name; a finished run with the same inputs is not repeated.
+    timeout : float
+        Seconds after which it is given up.
+    cwd : str
+        Folder it runs in.
+    environment : dict[str, str]
+        Environment variables it gets besides those of the process that runs it.
+    """
+
+    name: str
+    source: Path
+    target: Path
+    figures: Path
+    parameters: dict[str, Any]
+    inputs: dict[str, Any]
+    timeout: float = 6 * 3600
+    cwd: str = field(default_factory=os.getcwd)
+    environment: dict[str, str] = field(default_factory=lambda: {"HARMONIZE_CACHE": str(paths.CACHE)})
+
+    @property
+    def status(self) -> Path:
+        """Written last, and only here: what says that the run finished."""
+        return self.target.with_suffix(".status.json")
+
+
+class Outcome(NamedTuple):
+    """What became of a job.
+
+    Attributes
+    ----------
+    state : str
+        ``"finished"``, ``"unchanged"`` (not run again), ``"failed"`` or ``"interrupted"``.
+    cell : int | None
+        n of ``In [n]`` in the kept notebook, where it stopped.
+    error : str
+        One line; empty where there is none.
+    notes : tuple[str, ...]
+        What the notebook warned of that concerns the store.
+    """
+
+    state: str
+    cell: int | None = None
+    error: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Maps(NamedTuple):
+    """One shard of the maps of one model by one method, whose options are JSON: the smallest unit of work."""
+
+    dataset: str
+    n_images: int
+    model: str
+    method: str
+    seed: int
+    device: str
+    options: str
+    shard: int
+
+
+def study_job(notebook: str, values: Mapping[str, Any], figures: Path, timeout: float) -> Job:
+    """A job for a notebook of the study, its parameters checked.
+
+    Parameters
+    ----------
+    notebook : str
+        A key of ``parameters.NOTEBOOKS``.
+    values : Mapping[str, Any]
+        Parameters that are not the defaults.
+    figures : Path
+        The figures folder; an executed notebook is kept beside its figures, those of the repository in ``runs/``.
+    timeout : float
+        Seconds after which it is given up.
+
+    Returns
+    -------
+    Job
+        The job.
+
+    Raises
+    ------
+    HarmonizeError
+        A parameter that will not do, or a notebook without a proper ``parameters`` cell.
+    """
+    settings = check(notebook, values)
+    source = paths.NOTEBOOKS / f"{notebook}.ipynb"
+    check_cell(source, NOTEBOOKS[notebook].model_fields)
+    kept = paths.ROOT / "runs" if figures == paths.ROOT / "figures" else figures
+    return Job(
+        name=notebook,
+        source=source,
+        target=kept / source.name,
+        figures=figures / notebook,
+        parameters=dict(values) | {"output": str(figures)},
+        inputs=inputs_of(source, settings.model_dump(exclude={"output"})),
+        timeout=timeout,
+    )
+
+
+def check_cell(notebook: Path, names: Iterable[str]) -> None:
+    """Check that papermill can set the parameters of a notebook.
+
+    Parameters
+    ----------
+    notebook : Path
+        The notebook.
+    names : Iterable[str]
+        The parameters it must have.
+
+    Raises
+    ------
+    HarmonizeError
+        No such file, no notebook, not exactly one cell tagged ``parameters``, or other names in it.
+    """
+    cells = [cell for cell in _read(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise HarmonizeError(f"{notebook.name} has {len(cells)} cells tagged 'parameters': it needs exactly one")
+    there = re.findall(r"^(\w+)\s*[:=]", cells[0].source, re.MULTILINE)
+    wrong = sorted(set(there) ^ set(names))
+    if wrong:
+        raise HarmonizeError(f"{notebook.name}: its parameters cell and its declared parameters differ in {wrong[0]!r}")
+
+
+def _read(notebook: Path) -> Any:
+    if not notebook.is_file():
+        raise HarmonizeError(f"no notebook {notebook.name}: restore notebooks/ from the repository")
+    try:
+        return nbformat.read(notebook, as_version=4)
+    except Exception as error:
+        raise HarmonizeError(f"{notebook.name} is not a readable notebook: restore it from the repository") from error
+
+
+def inputs_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the result of a notebook depends on.
+
+    Parameters
+    ----------
+    notebook : Path
+        The notebook; its code counts, its outputs do not.
+    parameters : Mapping[str, Any]
+        All its parameters, defaults included.
+
+    Returns
+    -------
+    dict[str, Any]
+        Parameters, hashes of code, library and weights, versions, and what files that parameters name look like.
+    """
+    code = [cell.source for cell in _read(notebook).cells if cell.cell_type == "code"]
+    return {
+        "parameters": dict(parameters),
+        "notebook": sha256_json(code),
+        **_installation(),
+        "files": {text: _listing(text) for text in sorted(_texts(parameters))},
+    }
+
+
+@lru_cache
+def _installation() -> dict[str, Any]:
+    modules = [path for path in (paths.ROOT / "harmonize_lib").glob("*.py") if path.name not in NOT_READ_BY_NOTEBOOKS]
+    weights = [path for path in paths.WEIGHTS.glob("*") if path.suffix in (".json", ".safetensors")]
+    return {
+        "library": sha256_json({path.name: sha256_file(path) for path in modules}),
+        "weights": sha256_json({path.name: sha256_file(path) for path in weights}),
+        "versions": {package: version(package) for package in (*PACKAGES, "papermill")},
+    }
+
+
+def _texts(value: Any) -> set[str]:
+    """Texts among parameters that name something outside the repository: with a colon or a question mark."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return set().union(*map(_texts, value))
+    return {value} if isinstance(value, str) and re.search("[:?]", value) else set()
+
+
+def _listing(text: str) -> str:
+    """Names, sizes and times of the files a parameter names; code that may change unseen never looks the same."""
+    if text.startswith("python:"):
+        return f"as of {time.time_ns()}"
+    found = []
+    for part in re.split("[:?&=]", text):
+        path = Path(part).expanduser()
+        if part and path.exists():
+            files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+            found += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return sha256_json(found)
+
+
+def is_unchanged(job: Job) -> bool:
+    """Whether a job finished before with the same inputs, and everything it made is still as it was.
+
+    Parameters
+    ----------
+    job : Job
+        The job.
+
+    Returns
+    -------
+    bool
+        By its status file, which nothing but a finished run writes.
+    """
+    try:
+        told = json.loads(job.status.read_text())
+        same = told["state"] == "finished" and told["inputs"] == job.inputs and job.target.is_file()
+        return same and all(sha256_file(job.figures / name) == digest for name, digest in told["files"].items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def run_notebook(job: Job, show: Callable[[str], None] | None = None) -> Outcome:
+    """Run one notebook in a child process, keep what came of it, and write its status last.
+
+    Parameters
+    ----------
+    job : Job
+        The job.
+    show : Callable[[str], None] | None
+        Gets papermill's progress line whenever it changes.
+
+    Returns
+    -------
+    Outcome
+        ``finished``, ``failed``, or ``interrupted`` by Ctrl-C.
+
+    Notes
+    -----
+    Kernels compute on one thread: floating-point sums depend on the number of threads, and results must not depend
+    on how many notebooks run at once. ``OMP_NUM_THREADS`` overrules that.
+    """
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    job.status.unlink(missing_ok=True)
+    before, began = _stamps(job.figures), time.monotonic()
+    order = {"source": str(job.source), "target": str(job.target), "parameters": job.parameters}
+    child = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-P", execution.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=job.cwd,
+        env=ONE_THREAD | dict(os.environ) | job.environment,
+        start_new_session=True,  # Ctrl-C reaches this process, which tells the child
+        text=True,
+    )
+    told: list[str] = []
+    reader = threading.Thread(target=_listen, args=(child, told, show), daemon=True)
+    reader.start()
+    _tell(child, json.dumps(order))
+    reason, state = "", "failed"
+    try:
+        child.wait(job.timeout)
+    except subprocess.TimeoutExpired:
+        reason = f"stopped: it took longer than {job.timeout:g} s"
+    except KeyboardInterrupt:
+        reason, state = "interrupted by Ctrl-C", "interrupted"
+    if reason:
+        _tell(child, reason)
+        try:
+            child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+    result = _result(job, child, told, reason)
+    if result["state"] != "finished":
+        return Outcome(state, result["cell"], result["error"])
+    files = [path for path, stamp in _stamps(job.figures).items() if before.get(path) != stamp]
+    hashes = {path.relative_to(job.figures).as_posix(): sha256_file(path) for path in sorted(files)}
+    seconds = round(time.monotonic() - began, 1)
+    status = {"notebook": job.name, "state": "finished", "inputs": job.inputs, "files": hashes, "seconds": seconds}
+    write_atomic(job.status, json.dumps(status, indent=1) + "\n")
+    return Outcome("finished", notes=_notes(job.target))
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def _listen(child: subprocess.Popen[str], told: list[str], show: Callable[[str], None] | None) -> None:
+    for line in child.stderr or ():  # the progress bar's carriage returns count as line ends
+        if line.startswith("Executing:"):
+            if show:
+                show(line.strip()[10:])
+        elif line.strip():
+            told.append(line.strip())
+
+
+def _tell(child: subprocess.Popen[str], line: str) -> None:
+    try:
+        child.stdin.write(f"{line}\n")  # type: ignore[union-attr]
+        child.stdin.flush()  # type: ignore[union-attr]
+    except BrokenPipeError:
+        pass  # it is gone already; its result, or the want of one, says why
+
+
+def _result(job: Job, child: subprocess.Popen[str], told: list[str], reason: str) -> dict[str, Any]:
+    """What the child said, or, where it could not, what is to be said of it."""
+    said = child.communicate()[0].splitlines()
+    if said:
+        return json.loads(said[-1])
+    code = child.returncode
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}: {(told or ['no message'])[-1]}"
+    error = reason or f"the process that executed it ended {how}"
+    return execution.keep_failed(job.source, _partial(job), job.target, error)
+
+
+def _partial(job: Job) -> Path:
+    return job.target.with_suffix(".partial.ipynb")
+
+
+def _notes(notebook: Path) -> tuple[str, ...]:
+    """Warnings of the store among a notebook's outputs."""
+    outputs = [output for cell in nbformat.read(notebook, as_version=4).cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in outputs if output.get("name") == "stderr")
+    return tuple(dict.fromkeys(re.findall(r"stored \w+ \w+ is corrupt: computing it again", text)))
+
+
+def in_one_line(job: Job, outcome: Outcome) -> str:
+    """Say what became of a job that did not finish.
+
+    Parameters
+    ----------
+    job : Job
+        The job.
+    outcome : Outcome
+        What became of it.
+
+    Returns
+    -------
+    str
+        Notebook, cell and error, at most 200 characters.
+    """
+    place = f"In [{outcome.cell}]: " if outcome.cell else ""
+    line = f"{outcome.state}: {job.name}: {place}{outcome.error}"
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int = 1,
+    scheduler: str | None = None,
+    maps: Sequence[Maps] = (),
+    tell: Callable[[Job, Outcome], None] = lambda job, outcome: None,
+) -> list[Outcome]:
+    """Run jobs one after the other, on local worker processes, or on a Dask cluster; the failed do not stop the rest.
+
+    Parameters
+    ----------
+    jobs : Sequence[Job]
+        The jobs.
+    workers : int
+        Local worker processes; with one, no cluster is started.
+    scheduler : str | None
+        Address of a running Dask scheduler, e.g. ``tcp://127.0.0.1:8786``, whose workers share this file system.
+    maps : Sequence[Maps]
+        Maps to compute first; ignored where no cluster is used, because notebooks compute what is missing.
+    tell : Callable[[Job, Outcome], None]
+        Called when a job ends.
+
+    Returns
+    -------
+    list[Outcome]
+        One per job. After Ctrl-C those that did not finish are ``interrupted``.
+
+    Raises
+    ------
+    HarmonizeError
+        No scheduler answers, or it has no workers.
+    """
+    outcomes: dict[str, Outcome] = {}
+
+    def end(job: Job, outcome: Outcome) -> None:
+        outcomes[str(job.target)] = outcome
+        tell(job, outcome)
+
+    workers = min(workers, max(len(jobs), len(maps)))
+    if scheduler is None and workers <= 1:
+        _one_by_one(jobs, end)
+    else:
+        with tqdm(total=len(maps) + len(jobs), desc="maps and notebooks", unit="unit") as bar:
+            began = time.time()
+            try:
+                with _cluster(workers, scheduler) as client:
+                    for unit, result in _completed(client, compute_maps, maps):
+                        bar.update()
+                        if isinstance(result, Outcome):  # the notebook that needs it will say what is wrong
+                            bar.write(f"maps of {unit.model} by {unit.method}: {result.error}"[:200], file=sys.stderr)
+                    for job, result in _completed(client, run_notebook, jobs):
+                        bar.update()
+                        end(job, result)
+            except KeyboardInterrupt:
+                for job in jobs:
+                    if str(job.target) not in outcomes:
+                        end(job, _interrupted(job, began))
+    return [outcomes.get(str(job.target), Outcome("interrupted", None, "not started")) for job in jobs]
+
+
+def _one_by_one(jobs: Sequence[Job], end: Callable[[Job, Outcome], None]) -> None:
+    width = 110
+    with tqdm(jobs, desc="notebooks", unit="notebook") as bar:
+        for job in bar:
+            bar.set_postfix_str(job.name)
+
+            def show(line: str, name: str = job.name) -> None:
+                sys.stderr.write("\r" + f"{name} {line}"[:width].ljust(width))
+                sys.stderr.flush()
+
+            outcome = run_notebook(job, show)
+            sys.stderr.write("\r" + " " * width + "\r")
+            end(job, outcome)
+            if outcome.state == "interrupted":
+                break
+
+
+@contextmanager
+def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
+    """A client of the scheduler, or of a cluster of single-threaded local processes."""
+    from distributed import Client, LocalCluster
+
+    for name in ("distributed", "tornado", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if scheduler is None:
+        quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "memory_limit": 0}
+        with (
+            LocalCluster(workers, threads_per_worker=1, host="127.0.0.1", **quiet) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+        return
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS)
+    except Exception as error:
+        line = (
+            f"no Dask scheduler answers at {scheduler[:60]}: start one with 'dask scheduler', or leave --scheduler out"
+        )
+        raise HarmonizeError(line) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        except Exception as error:
+            raise HarmonizeError(
+                f"{scheduler[:60]} has no workers: start some with 'dask worker {scheduler[:60]}'"
+            ) from error
+        yield client
+
+
+def _completed(client: Any, function: Callable[[Any], Any], units: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Units with their results as they come; a unit that could not be done has a failed outcome as result."""
+    from distributed import as_completed
+
+    futures = {client.submit(function, unit, pure=False, priority=-i): unit for i, unit in enumerate(units)}
+    for future in as_completed(futures, raise_errors=False):
+        if future.status == "finished":
+            yield futures[future], future.result()
+        elif future.status == "error":
+            error = future.exception()
+            killed = type(error).__name__ == "KilledWorker"
+            line = "its worker was killed again and again" if killed else f"{type(error).__name__}: {error}"
+            yield futures[future], Outcome("failed", None, line.splitlines()[0])
+        else:
+            yield futures[future], Outcome("failed", None, "the Dask scheduler went away")
+
+
+def _interrupted(job: Job, began: float) -> Outcome:
+    """What a notebook that ran on a worker when Ctrl-C came has left, once its process has ended."""
+    try:
+        with FileLock(str(execution.lock_of(job.target)), timeout=STOP_SECONDS):
+            if _partial(job).exists():
+                result = execution.keep_failed(job.source, _partial(job), job.target, "interrupted by Ctrl-C")
+                return Outcome("interrupted", result["cell"], result["error"])
+            if job.target.exists() and job.target.stat().st_mtime >= began:
+                result = nbformat.read(job.target, as_version=4).metadata.get("harmonize", {})
+                return Outcome("interrupted", result.get("cell"), result.get("error", "interrupted"))
+    except Timeout:
+        return Outcome("interrupted", None, "still running on its worker")
+    return Outcome("interrupted", None, "not started")
+
+
+@lru_cache(maxsize=2)
+def _dataset(name: str, n: int) -> Dataset:
+    return load_dataset(name, "test", n)
+
+
+@lru_cache(maxsize=8)
+def _model(spec: str, device: str) -> Model:
+    return load_model(spec, device=device)
+
+
+def preflight(settings: Any) -> None:
+    """Load what a notebook will load, so that a mistake is told before anything starts.
+
+    Parameters
+    ----------
+    settings : Any
+        Checked parameters of a notebook.
+
+    Raises
+    ------
+    HarmonizeError
+        A method, model, data set or device that is not there, or a patch that does not divide the images.
+    """
+    for spec in getattr(settings, "models", []):
+        _model(spec, settings.device)
+    if not hasattr(settings, "dataset"):
+        return
+    dataset = _dataset(settings.dataset, settings.n_images)
+    patch, side = getattr(settings, "patch", 1), dataset.images.shape[-1]
+    if side % patch:
+        fits = ", ".join(str(k) for k in range(1, side + 1) if side % k == 0)
+        raise HarmonizeError(f"patch={patch} does not divide images of {side} pixels: use one of {fits}"[:200])
+
+
+def missing_maps(all_settings: Iterable[Any]) -> list[Maps]:
+    """Maps that notebooks will need and that are not in the store.
+
+    Parameters
+    ----------
+    all_settings : Iterable[Any]
+        Checked parameters of notebooks.
+
+    Returns
+    -------
+    list[Maps]
+        Each once.
+    """
+    wanted: dict[Maps, None] = {}
+    for settings in all_settings:
+        if not getattr(settings, "extracts", False):
+            continue
+        dataset = _dataset(settings.dataset, settings.n_images)
+        for spec in settings.models:
+            model = _model(spec, settings.device)
+            for method in settings.methods:
+                if refusal(model, method) is None:
+                    options = settings.options.get(method, {})
+                    of = (settings.dataset, settings.n_images, spec, method, settings.seed, settings.device)
+                    of += (json.dumps(options, sort_keys=True),)
+                    shards = study.missing_shards(model, dataset, method, settings.seed, **options)
+                    wanted |= dict.fromkeys(Maps(*of, shard) for shard in shards)
+    return list(wanted)
+
+
+_one_at_a_time = threading.Lock()  # models are shared by the threads of a worker, and methods put hooks on them
+
+
+def compute_maps(unit: Maps) -> None:
+    """Compute one shard of maps and leave it in the store.
+
+    Parameters
+    ----------
+    unit : Maps
+        Which.
+    """
+    with _one_at_a_time:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as in run_notebook
+        dataset = _dataset(unit.dataset, unit.n_images)
+        part = torch.arange(len(dataset)).split(study.CHUNK)[unit.shard]
+        model, options = _model(unit.model, unit.device), json.loads(unit.options)
+        study.attributions(model, dataset.select(part), unit.method, unit.seed, **options)
+
+
+def seconds_of_shard(unit: Maps, probe: int = 1) -> float:
+    """Seconds a shard of maps takes here, from explaining a few of its images.
+
+    Parameters
+    ----------
+    unit : Maps
+        Which.
+    probe : int
+        Images tried. So few waste room in a pass, so the estimate errs upward.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
+    dataset, model = _dataset(unit.dataset, unit.n_images), _model(unit.model, unit.device)
+    count = len(torch.arange(len(dataset)).split(study.CHUNK)[unit.shard])
+    result = explain(model, dataset.images[:probe], dataset.labels[:probe], unit.method, **json.loads(unit.options))
+    return result.record["seconds"] / len(result.maps) * count
