@@ -589,10 +589,18 @@ def missing_maps(all_settings: Iterable[Any]) -> list[Maps]:
             for method in settings.methods:
                 if refusal(model, method) is None:
                     options = settings.options.get(method, {})
-                    of = (settings.dataset, settings.n_images, spec, method, settings.seed, settings.device)
-                    of += (json.dumps(options, sort_keys=True),)
+                    of = Maps(
+                        settings.dataset,
+                        settings.n_images,
+                        spec,
+                        method,
+                        settings.seed,
+                        settings.device,
+                        json.dumps(options, sort_keys=True),
+                        0,
+                    )
                     shards = study.missing_shards(model, dataset, method, settings.seed, **options)
-                    wanted |= dict.fromkeys(Maps(*of, shard) for shard in shards)
+                    wanted |= dict.fromkeys(of._replace(shard=shard) for shard in shards)
     return list(wanted)
 
 
