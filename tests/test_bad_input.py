@@ -42,7 +42,9 @@ TOLD: list[tuple[str, str]] = []  # every case with its message, printed at the 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A working folder of its own, with figures, cache and weights inside it, holding things that are wrong."""
-    shutil.copytree(paths.WEIGHTS, tmp_path / "weights", copy_function=shutil.copyfile)
+    (tmp_path / "weights").mkdir()
+    for name in ("manifest.json", *(f"{model}.safetensors" for model in ("resnet-obj", "vgg-obj", "resnet-scene"))):
+        shutil.copyfile(paths.WEIGHTS / name, tmp_path / "weights" / name)
     for name, folder in (("FIGURES", "figures"), ("CACHE", "cache"), ("WEIGHTS", "weights")):
         monkeypatch.setattr(paths, name, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
