@@ -18,7 +18,7 @@ from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.storage import sha256_tensors
 from harmonize_lib.tasks import Result, Task, logits_of, pick, prepare
 
-BATCH_SIZE = 128
+BATCH_SIZE = 128  # images of 64 x 64 pixels in one pass
 REDUCTIONS = ("default", "sum", "magnitude")
 
 
@@ -193,8 +193,8 @@ def explain(
     generator : torch.Generator | None
         Source of all randomness; None is a generator seeded with 0. The global one is never used.
     batch_size : int | None
-        Rows in one pass, (image, step) pairs counted; None takes 128. Halved, with a warning, when the GPU's memory
-        runs out.
+        Rows in one pass, (image, step) pairs counted; None takes 128 images of 64 x 64 pixels, fewer larger ones.
+        Halved, with a warning, when the GPU's memory runs out.
     **options : Any
         The method's own (see its function), and ``reduction``: how channels become one map, ``"sum"`` (signed),
         ``"magnitude"`` (sum of magnitudes) or ``"default"`` (the registry's).
@@ -226,7 +226,7 @@ def explain(
     reason = entry.defined(model)
     if reason is not None:
         raise HarmonizeError(reason)
-    rows = BATCH_SIZE if batch_size is None else batch_size
+    rows = default_rows(images) if batch_size is None else batch_size
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise HarmonizeError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
     seed = 0
@@ -284,6 +284,22 @@ def explain(
         targets = targets.to(logits.device)
         record["seconds"] = time.perf_counter() - begin
         return Attribution(maps, pick(logits, targets), pick(logits.softmax(1), targets), gap, record)
+
+
+def default_rows(images: Tensor) -> int:
+    """Rows in one pass that keep its memory the same for images of any size.
+
+    Parameters
+    ----------
+    images : Tensor
+        (N, C, H, W).
+
+    Returns
+    -------
+    int
+        128 for images of 64 x 64 pixels or less, fewer for larger ones, at least 1.
+    """
+    return max(1, BATCH_SIZE * 64 * 64 // max(64 * 64, images.shape[-2] * images.shape[-1]))
 
 
 def _entry(method: str) -> Method:

@@ -25,7 +25,9 @@ from harmonize_lib.transfer import area_over_fractions, family_advantage, relati
 Maps = Mapping[tuple[str, str], Tensor]
 
 COMPLEMENT_FRACTIONS = [0.05, 0.1, 0.2, 0.5]
-REFERENCE_LINES = ("object_mask", "second seed", "shuffled weights", "center", "edges", "random")
+BY_RELATION = ["own map", "second seed", "same family", "other family", "random"]
+AGAINST_NO_MODEL = ["other family", "object_mask", "edges", "center", "shuffled weights", "random"]
+REFERENCE_LINES = ("object_mask", "edges", "center", "shuffled weights", "random")
 MEASURES = {"Spearman": spearman, "top-10 % IoU": topk_iou, "SSIM": ssim}
 ALL = "all methods"
 
@@ -45,9 +47,9 @@ def same_architecture(run: Run) -> dict[str, Maps]:
     """
     seeds = {name: load_model(other) for name in run.models if (other := study.second_seed(name))}
     floors = {name: shuffled(model, run.settings.seed) for name, model in run.models.items()}
-    methods, seed = run.settings.methods, run.settings.seed
+    methods, seed, options = run.settings.methods, run.settings.seed, run.settings.options
     return {
-        kind: study.all_maps(models, run.dataset, methods, seed)
+        kind: study.all_maps(models, run.dataset, methods, seed, options)
         for kind, models in (("second seed", seeds), ("shuffled weights", floors))
         if models
     }
@@ -164,7 +166,7 @@ def relation(run: Run, table: pd.DataFrame) -> pd.Series:
 
 
 def curves_over_k(run: Run, table: pd.DataFrame, relatives: pd.DataFrame | None) -> pd.DataFrame:
-    """Accuracy over the share k: by relation of source and target, and by method between different architectures.
+    """Accuracy over k: by relation of source and target, beside floors and ceilings, and by method.
 
     Parameters
     ----------
@@ -179,18 +181,24 @@ def curves_over_k(run: Run, table: pd.DataFrame, relatives: pd.DataFrame | None)
     -------
     pd.DataFrame
         Columns ``panel``, ``line``, ``fraction``, ``mean``, ``low``, ``high``, ``n``; a mean over targets, and over
-        methods in the first panel.
+        methods in the first two panels. The last panel's maps are those of different architectures.
     """
     seed = run.settings.seed
     every = table if relatives is None else pd.concat([table, relatives])
     lines = every.assign(line=relation(run, every))
-    by_relation = summarize(lines, ["line", "fraction"], "correct", seed).assign(
-        panel="By whose map (mean over methods)"
-    )
+    relations = summarize(lines, ["line", "fraction"], "correct", seed)
     others = lines[lines["line"].isin(["same family", "other family"]) | (lines["line"] == "random")]
     others = others.assign(line=np.where(others["line"] == "random", "random", others["method"].astype(object)))
-    by_method = summarize(others, ["line", "fraction"], "correct", seed).assign(panel="By method (another's map)")
-    return pd.concat([by_relation, by_method], ignore_index=True)
+    methods = summarize(others, ["line", "fraction"], "correct", seed)
+    panels = {
+        "By whose map": (relations, BY_RELATION),
+        "Floors and ceilings": (relations, AGAINST_NO_MODEL),
+        "By method (another's map)": (methods, [*run.settings.methods, "random"]),
+    }
+    parts = [
+        part[part["line"] == line].assign(panel=panel) for panel, (part, order) in panels.items() for line in order
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def own_minus_other(run: Run, table: pd.DataFrame) -> pd.DataFrame:

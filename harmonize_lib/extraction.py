@@ -13,7 +13,7 @@ from captum.attr import IntegratedGradients, Saliency
 from torch import Tensor
 from tqdm import tqdm
 
-from harmonize_lib.attribution import BATCH_SIZE, METHODS, explain, refusal
+from harmonize_lib.attribution import METHODS, default_rows, explain, refusal
 from harmonize_lib.data import Dataset
 from harmonize_lib.models import Model
 from harmonize_lib.study import attributions
@@ -48,7 +48,11 @@ def what_runs(models: Mapping[str, Model], methods: Iterable[str]) -> pd.DataFra
 
 
 def extract(
-    models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0
+    models: Mapping[str, Model],
+    dataset: Dataset,
+    methods: Iterable[str],
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
     """All that is stored of every model's attributions by every method that is defined for it.
 
@@ -62,6 +66,8 @@ def extract(
         Attribution methods.
     seed : int
         Seed of the methods' randomness.
+    options : Mapping[str, Mapping[str, Any]] | None
+        Method to its options.
 
     Returns
     -------
@@ -70,7 +76,7 @@ def extract(
     """
     jobs = [(name, method) for name in models for method in methods if refusal(models[name], method) is None]
     return {
-        (name, method): attributions(models[name], dataset, method, seed)
+        (name, method): attributions(models[name], dataset, method, seed, **(options or {}).get(method, {}))
         for name, method in tqdm(jobs, desc="attributions", mininterval=1)
     }
 
@@ -152,15 +158,15 @@ def throughput(
     -----
     One measurement of the whole call, logits, checks and transfers included, after one call that warms up.
     """
-    rows = []
+    rows, most = [], default_rows(dataset.images)
     for (name, method), record in tqdm(records.items(), desc="throughput", mininterval=1):
         model, steps = models[name], _steps(record)
-        n = min(max(least, min(FULL_PASS_MOST, int(BATCH_SIZE // steps))), len(dataset))
+        n = min(max(least, min(FULL_PASS_MOST, int(most // steps))), len(dataset))
         images, targets = dataset.images[:n], dataset.labels[:n]
         explain(model, images[:1], targets[:1], "saliency")
         generator = torch.Generator().manual_seed(seed)
         seconds = explain(model, images, targets, method, generator).record["seconds"]
-        rows.append((method, name, n / seconds, n, BATCH_SIZE, steps, *_settings(model)))
+        rows.append((method, name, n / seconds, n, most, steps, *_settings(model)))
     settings = ["images", "rows", "steps", "device", "threads", "dtype", "torch"]
     return pd.DataFrame(rows, columns=["method", "model", "images_per_second", *settings])
 
@@ -200,9 +206,9 @@ def against_captum(
     Ours is the whole ``explain``, with logits, probabilities, completeness and checks; Captum's is ``attribute`` on
     preprocessed images and the sum over channels.
     """
-    rows = []
+    rows, most = [], default_rows(dataset.images)
     for name, model in tqdm(models.items(), desc="captum", mininterval=1):
-        for method, n in (("saliency", images), ("integrated_gradients", max(2, BATCH_SIZE // CAPTUM_STEPS))):
+        for method, n in (("saliency", images), ("integrated_gradients", max(2, most // CAPTUM_STEPS))):
             part = slice(0, min(n, len(dataset)))
             ours, captum = _pair(model, dataset.images[part], dataset.labels[part], method)
             ours(), captum()
@@ -214,7 +220,7 @@ def against_captum(
             each = np.median(times, axis=0) / len(mine)
             estimate = (*each, np.median(ratio), ratio.min(), ratio.max(), difference)
             steps = CAPTUM_STEPS if method == "integrated_gradients" else 1
-            rows.append((name, method, *estimate, len(mine), steps, BATCH_SIZE, CAPTUM_RULE, *_settings(model)))
+            rows.append((name, method, *estimate, len(mine), steps, most, CAPTUM_RULE, *_settings(model)))
     estimates = ["seconds", "captum_seconds", "ratio", "low", "high", "difference"]
     settings = ["images", "steps", "rows", "rule", "device", "threads", "dtype", "torch"]
     return pd.DataFrame(rows, columns=["model", "method", *estimates, *settings])
@@ -231,11 +237,11 @@ def _pair(
             lambda: saliency.attribute(x.clone().requires_grad_(), where, abs=True).sum(1).detach().cpu(),
         )
     options: dict[str, Any] = {"steps": CAPTUM_STEPS, "rule": CAPTUM_RULE, "tolerance": None}
-    path = IntegratedGradients(model)
+    path, rows = IntegratedGradients(model), default_rows(images)
     return (
         lambda: explain(model, images, targets, method, **options).maps,
         lambda: (
-            path.attribute(x, target=where, n_steps=CAPTUM_STEPS, method=CAPTUM_RULE, internal_batch_size=BATCH_SIZE)
+            path.attribute(x, target=where, n_steps=CAPTUM_STEPS, method=CAPTUM_RULE, internal_batch_size=rows)
             .sum(1)
             .detach()
             .cpu()

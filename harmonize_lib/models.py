@@ -227,7 +227,9 @@ class Model(nn.Module):
 
 def _family(network: nn.Module) -> str:
     kinds = [type(module).__name__ for module in network.modules()]
-    attends = any("Attention" in kind and "Pool" not in kind for kind in kinds)
+    attends = any(
+        ("Attention" in kind and "Pool" not in kind) or kind in ("ClassAttn", "TalkingHeadAttn") for kind in kinds
+    )
     convolutions = sum(isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) for module in network.modules())
     if not attends:
         return "cnn"
@@ -431,7 +433,9 @@ def _load_zoo(name: str, weights: str | Path | None) -> Model:
     if not path.is_file():
         raise HarmonizeError(f"weights of {name}: {path.name} is missing; restore it or run 'harmonize train {name}'")
     if weights is None and sha256_file(path) != entry["sha256"]:
-        raise HarmonizeError(f"weights of {name}: {path.name} is not the file of the manifest (sha256 differs)")
+        raise HarmonizeError(
+            f"weights of {name}: {path.name} is not the file of the manifest (sha256 differs); restore it"
+        )
     network = ARCHITECTURES[entry["architecture"]](len(entry["classes"]))
     _fill(network, _read_weights(path), path)
     return Model(network, name, entry["architecture"], tuple(entry["classes"]), input_size=(64, 64))

@@ -66,6 +66,9 @@ class Study(Parameters):
         description="zoo names, timm tags or python callables, as load_model takes them",
     )
     methods: list[str] = Field(STUDY_METHODS, min_length=1, description="attribution methods")
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description='options of methods, e.g. {"integrated_gradients": {"max_steps": 32}}'
+    )
 
     @field_validator("models")
     @classmethod
@@ -81,6 +84,16 @@ class Study(Parameters):
             if name not in METHODS:
                 raise unknown("method", name, METHODS)
         return names
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        cls._known_methods(list(options))
+        for method, chosen in options.items():
+            for name in chosen:
+                if name not in METHODS[method].options:
+                    raise unknown(f"option of {method}", name, METHODS[method].options)
+        return options
 
 
 class Patches(Study):
@@ -231,9 +244,8 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
             raise HarmonizeError(str(own)) from None
         place = ".".join(str(part) for part in first["loc"]) or str(first["type"])
         value = first["ctx"]["fraction"] if first["type"] == "fraction" else first["input"]
-        raise HarmonizeError(
-            f"parameter {place!r} of {notebook}: {first['msg'].lower()}; got {str(value)[:60]!r}"
-        ) from None
+        message = first["msg"].lower().replace(" after validation", "")
+        raise HarmonizeError(f"parameter {place!r} of {notebook}: {message}; got {str(value)[:60]!r}") from None
 
 
 def recorded(settings: Parameters) -> dict[str, Any]:

@@ -233,7 +233,12 @@ def _commit() -> str:
     return result.stdout.strip()
 
 
-def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[str], width: float = 1.05) -> Figure:
+def gallery(
+    rows: Sequence[Sequence[tuple[Tensor, str]]],
+    row_labels: Sequence[str],
+    width: float = 1.05,
+    column_labels: Sequence[str] = (),
+) -> Figure:
     """A grid of images and maps.
 
     Parameters
@@ -244,6 +249,8 @@ def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[s
         Left of each row.
     width : float
         Inches per panel.
+    column_labels : Sequence[str]
+        Slanted above the first row, for columns too many for titles.
 
     Returns
     -------
@@ -254,8 +261,12 @@ def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[s
     label_width = 0.075 * max(len(line) for name in row_labels for line in name.split("\n"))
     titled = sum(any(title for _, title in row) for row in rows)
     size = (width * columns + label_width, (width + 0.02) * len(rows) + 0.2 * titled)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
+    layout = "none" if column_labels else "constrained"
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout=layout)
+    if column_labels:
+        figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.06, hspace=0.06)
+    else:
+        figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
     for line, row, name in zip(axes, rows, row_labels, strict=True):
         for ax in line[len(row) :]:
             ax.set_visible(False)
@@ -267,6 +278,8 @@ def gallery(rows: Sequence[Sequence[tuple[Tensor, str]]], row_labels: Sequence[s
             else:
                 show_map(ax, panel, title)
         line[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+    for ax, title in zip(axes[0], column_labels, strict=False):
+        ax.set_title(title, fontsize=7, fontweight="normal", rotation=50, ha="left", loc="center")
     return figure
 
 

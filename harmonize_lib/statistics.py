@@ -285,3 +285,42 @@ def ratio_interval(
     top, bottom = (weights @ pairs).T
     low, high = np.quantile(top / bottom, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(pairs[:, 0].mean() / pairs[:, 1].mean()), float(low), float(high), n)
+
+
+def cross_fitted_best(
+    values: NDArray[np.float64], seed: int, judges: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """What the best of several candidates scores, chosen on one half of the images and scored on the other.
+
+    Parameters
+    ----------
+    values : NDArray[np.float64]
+        (S, N) scores of S candidates, higher is better; NaN is left out of the choice.
+    seed : int
+        Of the split: of every two neighboring images one goes to each half, at random.
+    judges : NDArray[np.float64] | None
+        (S, N) scores that choose; None takes ``values`` themselves.
+
+    Returns
+    -------
+    NDArray[np.float64]
+        (N) for each half, the scores of the candidate that the other half ranks highest by its mean. NaN where the
+        other half has no score to choose by.
+
+    Notes
+    -----
+    The best of several noisy means, scored on the images that chose it, looks better than it is (the winner's curse);
+    chosen on other images it does not.
+    """
+    n = values.shape[1]
+    rng = np.random.default_rng(seed)
+    half = (np.arange(n) + np.repeat(rng.integers(2, size=(n + 1) // 2), 2)[:n]) % 2 == 1
+    best = np.full(n, np.nan)
+    for scored in (half, ~half):
+        choosing = (values if judges is None else judges)[:, ~scored]
+        defined = ~np.isnan(choosing)
+        count = defined.sum(1)
+        if count.any():
+            means = np.where(count > 0, np.where(defined, choosing, 0).sum(1) / np.maximum(count, 1), -np.inf)
+            best[scored] = values[means.argmax(), scored]
+    return best

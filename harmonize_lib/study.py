@@ -89,13 +89,14 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     loaded = [load_model(spec, device=settings.device) for spec in settings.models]
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
-        raise HarmonizeError(f"models name the same network twice: {', '.join(model.name for model in loaded)}"[:200])
+        raise HarmonizeError(
+            f"models name the same network twice, give each once: {', '.join(model.name for model in loaded)}"[:200]
+        )
     for name, model in models.items():
         if tuple(model.classes) != tuple(dataset.classes):
-            raise HarmonizeError(
-                f"model {name!r} knows {len(model.classes)} classes that are not the {len(dataset.classes)} of "
-                f"{dataset.name[:60]}: take models of the same labels"
-            )
+            known, asked = (f"{len(names)} ({names[0][:20]}, ...)" for names in (model.classes, dataset.classes))
+            line = f"model {name[:40]!r} knows other classes, {known}, than {dataset.name[:40]} has, {asked}"
+            raise HarmonizeError(f"{line}: take models of the same labels")
     provenance.stamp_outputs(parameters.recorded(settings))
     return Run(notebook, settings, dataset, models, figures / notebook, started)
 
@@ -183,7 +184,12 @@ def _explain(
 
 
 def cost_estimate(
-    models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0, probe: int = 2
+    models: Mapping[str, Model],
+    dataset: Dataset,
+    methods: Iterable[str],
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    probe: int = 2,
 ) -> pd.DataFrame:
     """Seconds that attributions which are not in the store will take, from explaining a few images.
 
@@ -197,6 +203,8 @@ def cost_estimate(
         Attribution methods; those a model refuses cost nothing.
     seed : int
         Seed of the methods' randomness.
+    options : Mapping[str, Mapping[str, Any]] | None
+        Method to its options.
     probe : int
         Images tried for each model and method.
 
@@ -209,12 +217,13 @@ def cost_estimate(
     rows = []
     jobs = [(name, method) for name in models for method in methods if refusal(models[name], method) is None]
     for name, method in tqdm(jobs, desc="cost estimate", mininterval=1, leave=False):
-        shards = _shards(models[name], dataset, method, seed, {})
+        chosen = dict((options or {}).get(method, {}))
+        shards = _shards(models[name], dataset, method, seed, chosen)
         missing = sum(len(targets) for key, _, targets in shards if not stored_at("attribution", key).exists())
         seconds = 0.0
         if missing:
             few = slice(0, probe)
-            result = explain(models[name], dataset.images[few], dataset.labels[few], method)
+            result = explain(models[name], dataset.images[few], dataset.labels[few], method, **chosen)
             seconds = result.record["seconds"] / len(result.maps) * missing
         rows.append((name, method, missing, seconds))
     return pd.DataFrame(rows, columns=["model", "method", "images", "seconds"])
@@ -228,7 +237,7 @@ def introduce(run: Run) -> None:
     run : Run
         The run.
     """
-    estimate = cost_estimate(run.models, run.dataset, run.settings.methods, run.settings.seed)
+    estimate = cost_estimate(run.models, run.dataset, run.settings.methods, run.settings.seed, run.settings.options)
     todo, seconds = estimate["images"].sum(), estimate["seconds"].sum()
     print(
         f"{len(run.dataset)} images of {run.dataset.name}, {len(run.models)} models, "
@@ -241,7 +250,11 @@ def introduce(run: Run) -> None:
 
 
 def all_maps(
-    models: Mapping[str, Model], dataset: Dataset, methods: Iterable[str], seed: int = 0
+    models: Mapping[str, Model],
+    dataset: Dataset,
+    methods: Iterable[str],
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[tuple[str, str], Tensor]:
     """Maps of every model by every method that is defined for it.
 
@@ -255,6 +268,8 @@ def all_maps(
         Attribution methods; those a model refuses are left out for that model.
     seed : int
         Seed of the methods' randomness.
+    options : Mapping[str, Mapping[str, Any]] | None
+        Method to its options.
 
     Returns
     -------
@@ -264,7 +279,8 @@ def all_maps(
     jobs = [(name, method) for name in models for method in methods if refusal(models[name], method) is None]
     maps = {}
     for name, method in tqdm(jobs, desc="attributions", mininterval=1):
-        maps[name, method] = attributions(models[name], dataset, method, seed)["maps"]
+        chosen = (options or {}).get(method, {})
+        maps[name, method] = attributions(models[name], dataset, method, seed, **chosen)["maps"]
     return maps
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "swin": {"learning_rate": 2e-3, "bf16": True, "batch_size": 64, "epochs": 8, "muon": 0.02},
     "mobilevit": {"learning_rate": 3e-3, "bf16": False},
 }
+SCENE_RECIPES = {"vit": {"train_images": 16_000}}  # scenes are learned from fewer images
 COMMON = {"train_images": 12_000, "epochs": 5, "batch_size": 128, "weight_decay": 0.05}
 COMMONALITY_OBJECT = shapes.OBJECTS[0]
 TEST_IMAGES = 5_000
@@ -90,9 +92,11 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     """
     architecture, labels, seed = parse_name(name)
     recipe = COMMON | RECIPES[architecture]
+    if labels["labels"] != "obj":
+        recipe |= SCENE_RECIPES.get(architecture, {})
     place = find_device(device)
     check_folder(folder)
-    data = load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels)
+    data = replace(load_dataset("shapes-on-scenes", "train", recipe["train_images"], **labels), masks=None, extras={})
     start = time.monotonic()
     torch.manual_seed(seed)  # initial weights and drop path; the order of images has its own generator
     network = ARCHITECTURES[architecture](len(data.classes)).to(memory_format=torch.channels_last).to(place)

@@ -14,38 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from harmonize_lib import harmonization, paths
+from harmonize_lib.comparison import CHOSEN, compare, decided, differences, gain_by_size, measured, rules_compared
 from harmonize_lib.consensus import consensus, list_rules
 from harmonize_lib.data import Dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.features import patch_scores
 from harmonize_lib.harmonization import (
     BEST,
-    CHOSEN,
     DELETED,
     OWN,
     POOLED,
     RANDOM,
-    compare,
     consensus_scores,
     consistency,
-    cross_fitted_best,
-    decided,
-    differences,
-    gain_by_size,
     held_out_consensus,
     held_out_maps,
     held_out_pools,
-    measured,
     pool_size_scores,
     pooling_scores,
     recognition_curves,
-    rules_compared,
     shortcut_scores,
     single_scores,
 )
 from harmonize_lib.models import ARCHITECTURES
 from harmonize_lib.parameters import Harmonization, check
-from harmonize_lib.statistics import holm
+from harmonize_lib.statistics import cross_fitted_best, holm
 from harmonize_lib.study import Run
 from harmonize_lib.transfer import recognize
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from harmonize_lib import HarmonizeError, list_models, load_dataset, load_model, paths
-from harmonize_lib.models import ARCHITECTURES, Model, shuffled
+from harmonize_lib.models import ARCHITECTURES, Model, _family, shuffled
 
 FAMILIES = {"vit": "transformer", "swin": "transformer", "mobilevit": "hybrid"}
 
@@ -41,6 +41,14 @@ def test_geometry_family_and_state(architecture):
     places = geometry.to_maps(gradient)
     assert places.shape[2:] == geometry.grid
     assert (places.abs().flatten(1).sum(1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("tag", "family"),
+    [("cait_xxs24_224", "transformer"), ("skresnet18", "cnn"), ("coatnet_pico_rw_224", "hybrid")],
+)
+def test_family_of_other_designs(tag, family):
+    assert _family(timm.create_model(tag)) == family
 
 
 def test_token_geometry_is_in_reading_order():
