@@ -42,7 +42,7 @@ TOLD: list[tuple[str, str]] = []  # every case with its message, printed at the 
 def place(tmp_path, monkeypatch):
     """A working folder of its own, with figures, cache and weights inside it, holding things that are wrong."""
     (tmp_path / "weights").mkdir()
-    for name in ("manifest.json", *(f"{model}.safetensors" for model in ("resnet-obj", "vgg-obj", "resnet-scene"))):
+    for name in ("manifest.json", *(f"{zoo}.safetensors" for zoo in ("resnet-obj", "vgg-obj", "resnet-scene"))):
         shutil.copyfile(paths.WEIGHTS / name, tmp_path / "weights" / name)
     for name, folder in (("FIGURES", "figures"), ("CACHE", "cache"), ("WEIGHTS", "weights")):
         monkeypatch.setattr(paths, name, tmp_path / folder)
