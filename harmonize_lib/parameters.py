@@ -231,7 +231,7 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
     given = {
         name: value
         for name, value in values.items()
-        if not name.startswith("_") and name not in ipython and isinstance(value, simple)
+        if not (name.startswith("_") and name.isidentifier()) and name not in ipython and isinstance(value, simple)
     }
     for name in given:
         if name not in kind.model_fields:

@@ -296,7 +296,7 @@ CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
     "run: a model twice": (start(models=["vgg-obj", "vgg-obj"]), "same network twice"),
     "run: models of other classes": (
         start(models=["resnet-obj", "resnet-scene"]),
-        "'resnet-scene' knows other classes, 10 (beach",
+        "'resnet-scene' knows other classes, 10 (horizon",
     ),
     "run: an image folder of other classes": (
         start(dataset="imagefolder:photos"),

@@ -50,10 +50,8 @@ def test_it_begins_with_a_title_and_holds_a_tagged_fact(name):
 
 @pytest.mark.parametrize("name", BOOKS)
 def test_tagged_facts_are_words_that_repeat(name):
-    """Text alone, without measured seconds, addresses or raw floats, and there where the notebook was run."""
+    """Printed text alone, without addresses or raw floats."""
     for cell in tagged(name, "nbval-check-output"):
-        ran = any(other.get("execution_count") for other in BOOKS[name].cells)
-        assert not ran or (cell.execution_count is not None and cell.outputs)
         for output in cell.outputs:
             assert output.output_type == "stream" and output.name == "stdout"
             for word in output.text.split():
