@@ -442,6 +442,7 @@ def _load_zoo(name: str, weights: str | Path | None) -> Model:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

@@ -34,6 +34,8 @@ from harmonize_lib import (
     transfer_table,
 )
 from harmonize_lib.storage import remember, stored_at, write_atomic
+from harmonize_lib.train import predict
+from harmonize_lib.transfer import recognize
 
 TOLD: list[tuple[str, str]] = []  # every case with its message, printed at the end
 
@@ -428,6 +430,49 @@ def test_out_of_memory_halves_the_batch_and_says_so():
     assert got.record["batch_size"] == 4
     assert torch.equal(got.maps, explain(hungry.linear, images, targets, "saliency").maps)
     TOLD.append(("out of memory (a warning)", str(told[0].message)))
+
+
+class Frugal(nn.Module):
+    """A model with memory for so many images, for what is computed besides maps."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.inner, self.most = model("vgg"), most
+        self.eval()
+
+    def preprocess(self, images):
+        return self.inner.preprocess(images)
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.inner(x)
+
+
+def test_out_of_memory_elsewhere_halves_the_batch_too():
+    images, labels = shapes5()
+    maps = torch.rand(5, 64, 64, generator=torch.Generator().manual_seed(0))
+    calls = {
+        "predictions": lambda m, rows: predict(m, images, rows),
+        "recognition": lambda m, rows: recognize(
+            {"m": m},
+            Dataset(images, labels, Frugal.classes, None, tuple("12345"), "five"),
+            maps,
+            [0.1],
+            4,
+            "mean",
+            [False],
+            0,
+            rows,
+        )[1],
+        "insertion": lambda m, rows: insertion(m, images, labels, maps, steps=3, batch_size=rows),
+    }
+    for call in calls.values():
+        with pytest.warns(UserWarning, match="going on with batch_size=2"):
+            got = call(Frugal(3), 4)
+        np.testing.assert_allclose(np.asarray(got), np.asarray(call(Frugal(3), 2)), rtol=1e-6)
 
 
 def test_out_of_memory_for_one_image_is_one_line():
