@@ -538,7 +538,7 @@ def test_in_a_notebook_a_mistake_is_one_line(name, book, arguments, says, place)
 
 def test_commands_as_a_process(place):
     before = listing(place)
-    done = process("harmonize_lib.cli", *given("04", "n_image", "5"), cwd=place)
+    done = process("harmonize", *given("04", "n_image", "5"), cwd=place)
     assert done.returncode == 2 and done.stdout == ""
     one_line("as a process", done.stderr.strip().removeprefix("harmonize: "), "did you mean 'n_images'")
     assert listing(place) == before
