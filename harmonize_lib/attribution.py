@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from harmonize_lib import cam, controls, gradients, perturbation
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.storage import sha256_tensors
-from harmonize_lib.tasks import Result, Task, logits_of, pick, prepare
+from harmonize_lib.tasks import Result, Task, in_batches, logits_of, pick, prepare
 
 BATCH_SIZE = 128  # images of 64 x 64 pixels in one pass
 REDUCTIONS = ("default", "sum", "magnitude")
@@ -233,26 +232,15 @@ def explain(
     if entry.stochastic and generator is not None:
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
-    parts: list[tuple[Tensor, Tensor, Result]] = []
-    start = 0
     with torch.inference_mode(False), torch.enable_grad():
         targets = targets.clone()
-        while start < len(images):
-            chosen = slice(start, start + rows)
-            full = False
-            try:
-                parts.append(
-                    _explain_slice(entry, model, images[chosen], targets[chosen], rows, seed, reduction, options)
-                )
-                start = chosen.stop
-            except torch.OutOfMemoryError:
-                full = True
-            if full and rows == 1:
-                raise HarmonizeError("the GPU has too little memory for one image: use device='cpu'")
-            if full:
-                rows //= 2
-                torch.cuda.empty_cache()
-                warnings.warn(f"out of memory: going on with batch_size={rows}", stacklevel=2)
+        parts, rows = in_batches(
+            lambda part, rows: _explain_slice(
+                entry, model, images[part], targets[part], rows, seed, reduction, options
+            ),
+            len(images),
+            rows,
+        )
         maps, logits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         results = [part[2] for part in parts]
         _check_output(method, maps, images, allow_zero=bool(options.get("relu")))

@@ -324,8 +324,8 @@ def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool
     try:
         source = getattr(torchvision.datasets, TORCHVISION[kind])(folder, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
-        line = str(error).splitlines()[0][:80]
-        raise HarmonizeError(f"{kind} at {folder}: {line}; pass download=True or the folder that holds it") from error
+        line = f"{kind} at {folder[-80:]}: not found or damaged"
+        raise HarmonizeError(f"{line}; give the folder that holds it, or download=True") from error
     pixels = torch.as_tensor(source.data)
     images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     labels = torch.as_tensor(source.targets)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.features import FILLS, blur, feature_image, ranks
+from harmonize_lib.tasks import in_batches
 
 ORDERS = ("morf", "lerf")
 SCORES = ("probability", "correct")
@@ -228,20 +231,36 @@ def _curves(
     if order == "lerf":
         rank = pixels - 1 - rank
     moved = torch.tensor([round(t * pixels / steps) for t in range(steps + 1)])
-    device = next((p.device for p in model.parameters()), images.device)
-    values = torch.empty(len(images) * (steps + 1))
+    rate = partial(_rate, model, images, targets, rank, moved, fill, score, enter)
     with torch.no_grad():
-        for start in range(0, len(values), batch_size):
-            pairs = torch.arange(start, min(start + batch_size, len(values)))
-            image, step = pairs // (steps + 1), pairs % (steps + 1)
-            first = rank[image] < moved.to(rank.device)[step, None, None]
-            keep = (first if enter else ~first).to(device)
-            span = slice(int(image[0]), int(image[-1]) + 1)
-            batch = _perturbed(model, images[span].to(device), (image - image[0]).to(device), keep, fill)
-            values[pairs] = _score(model, batch, targets[image].to(device), score).cpu()
+        parts, _ = in_batches(rate, len(images) * (steps + 1), batch_size)
+    values = torch.cat([torch.empty(0), *parts])
     curves = values.view(len(images), steps + 1)
     curves[maps.flatten(1).isnan().any(1).cpu()] = torch.nan
     return curves
+
+
+def _rate(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    rank: Tensor,
+    moved: Tensor,
+    fill: str,
+    score: str,
+    enter: bool,
+    part: slice,
+    rows: int,
+) -> Tensor:
+    """Score of a slice of all (image, step) pairs."""
+    device = next((p.device for p in model.parameters()), images.device)
+    pairs = torch.arange(part.start, part.stop)
+    image, step = pairs // len(moved), pairs % len(moved)
+    first = rank[image] < moved.to(rank.device)[step, None, None]
+    keep = (first if enter else ~first).to(device)
+    span = slice(int(image[0]), int(image[-1]) + 1)
+    batch = _perturbed(model, images[span].to(device), (image - image[0]).to(device), keep, fill)
+    return _score(model, batch, targets[image].to(device), score).cpu()
 
 
 def _perturbed(model: nn.Module, images: Tensor, index: Tensor, keep: Tensor, fill: str) -> Tensor:

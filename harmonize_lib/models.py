@@ -433,13 +433,16 @@ def _load_zoo(name: str, weights: str | Path | None) -> Model:
     if not path.is_file():
         raise HarmonizeError(f"weights of {name}: {path.name} is missing; restore it or run 'harmonize train {name}'")
     if weights is None and sha256_file(path) != entry["sha256"]:
-        raise HarmonizeError(f"weights of {name}: {path.name} is not the file of the manifest (sha256 differs)")
+        raise HarmonizeError(
+            f"weights of {name}: {path.name} is not the file of the manifest (sha256 differs); restore it"
+        )
     network = ARCHITECTURES[entry["architecture"]](len(entry["classes"]))
     _fill(network, _read_weights(path), path)
     return Model(network, name, entry["architecture"], tuple(entry["classes"]), input_size=(64, 64))
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    state: Any
     try:
         safe = path.suffix == ".safetensors"
         state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)

@@ -90,9 +90,8 @@ class Study(Parameters):
     @field_validator("options")
     @classmethod
     def _known_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        cls._known_methods(list(options))
         for method, chosen in options.items():
-            if method not in METHODS:
-                raise unknown("method", method, METHODS)
             for name in chosen:
                 if name not in METHODS[method].options:
                     raise unknown(f"option of {method}", name, METHODS[method].options)
@@ -236,7 +235,7 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
     given = {
         name: value
         for name, value in values.items()
-        if not name.startswith("_") and name not in ipython and isinstance(value, simple)
+        if not (name.startswith("_") and name.isidentifier()) and name not in ipython and isinstance(value, simple)
     }
     for name in given:
         if name not in kind.model_fields:
@@ -249,9 +248,8 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
             raise HarmonizeError(str(own)) from None
         place = ".".join(str(part) for part in first["loc"]) or str(first["type"])
         value = first["ctx"]["fraction"] if first["type"] == "fraction" else first["input"]
-        raise HarmonizeError(
-            f"parameter {place!r} of {notebook}: {first['msg'].lower()}; got {str(value)[:60]!r}"
-        ) from None
+        message = first["msg"].lower().replace(" after validation", "")
+        raise HarmonizeError(f"parameter {place!r} of {notebook}: {message}; got {str(value)[:60]!r}") from None
 
 
 def recorded(settings: Parameters) -> dict[str, Any]:

@@ -89,13 +89,14 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     loaded = [load_model(spec, device=settings.device) for spec in settings.models]
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
-        raise HarmonizeError(f"models name the same network twice: {', '.join(model.name for model in loaded)}"[:200])
+        raise HarmonizeError(
+            f"models name the same network twice, give each once: {', '.join(model.name for model in loaded)}"[:200]
+        )
     for name, model in models.items():
         if tuple(model.classes) != tuple(dataset.classes):
-            raise HarmonizeError(
-                f"model {name!r} knows {len(model.classes)} classes that are not the {len(dataset.classes)} of "
-                f"{dataset.name[:60]}: take models of the same labels"
-            )
+            known, asked = (f"{len(names)} ({names[0][:20]}, ...)" for names in (model.classes, dataset.classes))
+            line = f"model {name[:40]!r} knows other classes, {known}, than {dataset.name[:40]} has, {asked}"
+            raise HarmonizeError(f"{line}: take models of the same labels")
     provenance.stamp_outputs(parameters.recorded(settings))
     return Run(notebook, settings, dataset, models, figures / notebook, started)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from harmonize_lib.errors import HarmonizeError, unknown
 
+T = TypeVar("T")
 BASELINES = ("mean", "black", "white", "blur")
 BLUR_SIGMA = 0.1  # of the image's shorter side
 
@@ -97,6 +99,47 @@ class Result:
     difference: Tensor | None = None
     steps: Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def in_batches(compute: Callable[[slice, int], T], n: int, rows: int) -> tuple[list[T], int]:
+    """Compute consecutive slices; where the GPU's memory runs out, halve them, say so, and go on.
+
+    Parameters
+    ----------
+    compute : Callable[[slice, int], T]
+        Takes a slice of at most ``rows`` items, and ``rows``.
+    n : int
+        Items in all.
+    rows : int
+        Items in a slice at first.
+
+    Returns
+    -------
+    tuple[list[T], int]
+        What it gave for each slice, and the items in a slice at last.
+
+    Raises
+    ------
+    HarmonizeError
+        Not even one item fits.
+    """
+    parts: list[T] = []
+    start = 0
+    while start < n:
+        full = False
+        chosen = slice(start, min(start + rows, n))
+        try:
+            parts.append(compute(chosen, rows))
+            start = chosen.stop
+        except torch.OutOfMemoryError:
+            full = True  # acted on outside, where the failed pass no longer holds memory
+        if full and rows == 1:
+            raise HarmonizeError("the GPU has too little memory for one image: use device='cpu'")
+        if full:
+            rows //= 2
+            torch.cuda.empty_cache()
+            warnings.warn(f"out of memory: going on with batch_size={rows}", stacklevel=3)
+    return parts, rows
 
 
 def prepare(model: nn.Module, images: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import ARCHITECTURES, Model, find_device
 from harmonize_lib.storage import check_folder, sha256_bytes, sha256_json, write_atomic
+from harmonize_lib.tasks import in_batches
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet": {"learning_rate": 4e-3, "bf16": True},
@@ -158,7 +159,10 @@ def predict(model: Model, images: Tensor, batch_size: int = 256) -> Tensor:
         (N) int64.
     """
     with torch.inference_mode():
-        return torch.cat([model(model.preprocess(part)).argmax(1).cpu() for part in images.split(batch_size)])
+        parts, _ = in_batches(
+            lambda part, _: model(model.preprocess(images[part])).argmax(1).cpu(), len(images), batch_size
+        )
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
 
 
 def _optimizers(network: nn.Module, recipe: dict[str, Any]) -> list[torch.optim.Optimizer]:

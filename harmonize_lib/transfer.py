@@ -17,6 +17,7 @@ from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.features import feature_image, feature_mask, mean_color, patch_scores, top_count
+from harmonize_lib.tasks import in_batches
 
 FLOOR = ("random", "control")
 CONTROLS = ("center", "edges")
@@ -188,19 +189,30 @@ def recognize(
     """
     shape = (len(fractions), len(sides), len(models), len(dataset.labels))
     correct, probability = np.empty(shape, dtype=bool), np.empty(shape)
-    mean = mean_color(dataset.images)
+    mean, label = mean_color(dataset.images), dataset.labels.cpu()
     for j, fraction in enumerate(fractions):
         mask = feature_mask(maps, fraction, patch, _generator(seed, 1))
         for k, side in enumerate(sides):
-            for start in range(0, len(mask), batch_size):
-                part = slice(start, start + batch_size)
-                images = feature_image(dataset.images[part], mask[part] ^ side, fill, mean, _generator(seed, 2))
-                label = dataset.labels[part].cpu()
-                for t, (name, network) in enumerate(models.items()):
-                    p = _softmax(name, network, images, len(dataset.classes))
-                    correct[j, k, t, part] = p.argmax(1) == label
-                    probability[j, k, t, part] = p.gather(1, label[:, None])[:, 0]
+            look = partial(_look, models, dataset, mask ^ side, fill, mean, seed)
+            p = torch.cat(in_batches(look, len(mask), batch_size)[0], 1)
+            correct[j, k] = p.argmax(2) == label
+            probability[j, k] = p.gather(2, label.expand(len(p), -1)[..., None])[..., 0]
     return correct, probability
+
+
+def _look(
+    models: Mapping[str, nn.Module],
+    dataset: Dataset,
+    mask: Tensor,
+    fill: str,
+    mean: Tensor,
+    seed: int,
+    part: slice,
+    rows: int,
+) -> Tensor:
+    """Softmax (models, n, K) of the feature images of a slice."""
+    images = feature_image(dataset.images[part], mask[part], fill, mean, _generator(seed, 2))
+    return torch.stack([_softmax(name, network, images, len(dataset.classes)) for name, network in models.items()])
 
 
 def transfer_table(

@@ -164,10 +164,10 @@ def assignments(source: str, name: str) -> dict[str, Any]:
     values = {}
     try:
         for node in ast.parse(source).body:
-            if not isinstance(node, ast.Assign | ast.AnnAssign):
-                raise ValueError(f"{type(node).__name__} is no assignment")
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                raise ValueError("no assignment")
             target: Any = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            values[target.id] = ast.literal_eval(node.value or "")
+            values[target.id] = ast.literal_eval(node.value)
     except (SyntaxError, ValueError, AttributeError) as error:
         raise HarmonizeError(f"{name}: the parameters cell may only assign literals: name = value") from error
     return values

@@ -62,10 +62,11 @@ def notebook(*extra: str, parameters: str | None = None) -> nbformat.NotebookNod
 
 
 def process(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python module in its own process, with figures and cache where the test wants them."""
+    """Run a Python module, or harmonize, in its own process, with figures and cache where the test wants them."""
+    program = ["-c", "from harmonize_lib.cli import main; main()"] if command[0] == "harmonize" else ["-m", command[0]]
     settings = {"PYTHONPATH": str(paths.ROOT), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, *program, *command[1:]],
         cwd=cwd,
         env={**os.environ, **settings, **variables},
         capture_output=True,

@@ -8,6 +8,7 @@ import shutil
 import nbformat
 import pandas as pd
 import pytest
+from determinism import compare
 from small import FEW, NAME, START, cell_of, execute_in_place, notebook, process
 
 from harmonize_lib import cli, paths
@@ -244,3 +245,15 @@ def test_the_command_says_one_line_per_problem_and_exits_1(place, monkeypatch, c
 def test_start_of_the_miniature_is_that_of_the_study():
     book = nbformat.read(paths.NOTEBOOKS / f"{NAME}.ipynb", as_version=4)
     assert any(START.splitlines()[-1] in cell.source for cell in book.cells)
+
+
+def test_the_comparison_of_runs_finds_a_byte_and_leaves_timed_figures_out(place, tmp_path):
+    first, second = place / "figures", shutil.copytree(place / "figures", tmp_path / "second")
+    assert compare(first, second) == ([], [], 6)
+    path = second / f"{FIGURE}.csv"
+    path.write_text(path.read_text() + "\n")
+    (second / f"{FIGURE}.svg").unlink()
+    assert compare(first, second) == ([f"{FIGURE}.csv", f"{FIGURE}.svg"], [], 4)
+    sidecar = second / f"{FIGURE}.json"
+    sidecar.write_text(sidecar.read_text().replace('"timed": false', '"timed": true'))
+    assert compare(first, second) == ([], [FIGURE], 3)
