@@ -36,6 +36,7 @@ from harmonize_lib.storage import sha256_file, sha256_json, write_atomic
 NOT_READ_BY_NOTEBOOKS = ("cli.py", "runner.py", "execution.py", "sweep.py", "verify.py")
 STOP_SECONDS = 15  # how long a notebook that is stopped may take to save itself
 CONNECT_SECONDS = 10
+WORKER_SECONDS = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -492,7 +493,7 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         raise HarmonizeError(line) from error
     with client:
         try:
-            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+            client.wait_for_workers(1, timeout=WORKER_SECONDS)
         except Exception as error:
             raise HarmonizeError(
                 f"{scheduler[:60]} has no workers: start some with 'dask worker {scheduler[:60]}'"

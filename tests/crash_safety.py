@@ -53,7 +53,7 @@ def differing_bytes(a: Path, b: Path) -> int:
 
 def kill_one(main: psutil.Process, rng: np.random.Generator) -> str:
     """SIGKILL the main process or one below it; what it was."""
-    below = main.children(recursive=True)
+    below = [child for child in main.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     victim = main if rng.random() < 0.5 or not below else below[rng.integers(len(below))]
     line = " ".join(victim.cmdline())
     kinds = {"execution.py": "notebook's process", "ipykernel": "kernel", "multiprocessing": "worker"}
@@ -96,8 +96,8 @@ def main() -> None:
         wait = rng.uniform(0.05, 0.6) * whole
         try:
             process.wait(wait)
-            shutil.rmtree(killed)  # it was quicker than the blow: begin again from nothing
-            shutil.rmtree(given.out / "cache_killed")
+            shutil.rmtree(killed, ignore_errors=True)  # it was quicker than the blow: begin again from nothing
+            shutil.rmtree(given.out / "cache_killed", ignore_errors=True)
             continue
         except subprocess.TimeoutExpired:
             below = top.children(recursive=True)

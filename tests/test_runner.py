@@ -209,6 +209,11 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def listens(address: str) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
+
+
 @contextmanager
 def dask(*arguments: str):
     command = [sys.executable, "-m", "dask", *arguments]
@@ -228,6 +233,7 @@ def test_an_external_scheduler_and_a_worker_killed_half_way(tmp_path):
     worker = ("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path))
     serve = ("scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--no-dashboard")
     with dask(*serve), dask(*worker) as first:
+        wait_for(lambda: listens(address))
         outcomes = run_jobs(jobs[:2], scheduler=address)
         assert [outcome.state for outcome in outcomes] == ["finished"] * 2
         results: list[Outcome] = []
