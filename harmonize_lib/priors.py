@@ -14,7 +14,7 @@ from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.tasks import check_numbers, pick
 
 METHODS = ("expected_gradients", "integrated_gradients", "input_x_gradient", "gradients")
-FLOOR = 1e-12  # variance under which a map counts as constant
+FLOOR = 1e-12  # smallest variance of a map, and smallest sum of magnitudes, that something is divided by
 
 
 def expected_gradients_penalty(
@@ -284,7 +284,7 @@ def sparsity_prior(attributions: Tensor) -> Tensor:
     p = attributions.flatten(1).abs().mean(0).sort().values
     count = len(p)
     rank = torch.arange(1, count + 1, dtype=p.dtype, device=p.device)
-    return -((2 * rank - count - 1) * p).sum() / (count * p.sum()).clamp(min=torch.finfo(p.dtype).tiny)
+    return -((2 * rank - count - 1) * p).sum() / (count * p.sum().clamp(min=FLOOR))
 
 
 def consensus_prior(attributions: Tensor, consensus: Tensor, patch: int | None = None) -> Tensor:
