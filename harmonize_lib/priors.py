@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import avg_pool2d
 
+from harmonize_lib.double_backward import DoubleBackward
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.tasks import check_numbers, pick
 
@@ -116,19 +117,20 @@ def training_attributions(
     -----
     The pass runs in eval mode, dropout off and BatchNorm with its running statistics, which it does not change, as in
     the authors' code for images; training flags are put back. Attention runs on PyTorch's math kernel, because the
-    fused ones have no second derivative. Parameters keep their ``.grad``.
+    fused ones have no second derivative; other layers as :class:`harmonize_lib.double_backward.DoubleBackward` says.
+    Parameters keep their ``.grad``.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     check_numbers(1, samples=samples)
-    with _eval_mode(model), sdpa_kernel(SDPBackend.MATH):
+    with _eval_mode(model), sdpa_kernel(SDPBackend.MATH), DoubleBackward() as layers:
         if method in ("gradients", "input_x_gradient"):
-            slope = _slope(model, x, y)
+            slope = _slope(model, x, y, layers)
             return slope if method == "gradients" else x.detach() * slope
         start, place = _draw(x.detach(), references, samples, method, generator)
         way = x.detach() - start
         at = (start + place * way).flatten(0, 1)
-        slope = _slope(model, at, None if y is None else y.repeat(samples))
+        slope = _slope(model, at, None if y is None else y.repeat(samples), layers)
         return (way * slope.view_as(way)).mean(0)
 
 
@@ -159,7 +161,7 @@ def _draw(
     return start, place.view(samples, n, *column).to(x.device)
 
 
-def _slope(model: nn.Module, at: Tensor, y: Tensor | None) -> Tensor:
+def _slope(model: nn.Module, at: Tensor, y: Tensor | None, layers: DoubleBackward) -> Tensor:
     at = at.detach().requires_grad_()
     output = model(at)
     if y is None and output.numel() != len(at):
@@ -168,7 +170,9 @@ def _slope(model: nn.Module, at: Tensor, y: Tensor | None) -> Tensor:
         line = f"y {y.dtype} {tuple(y.shape)} does not fit the outputs {tuple(output.shape)}"
         raise HarmonizeError(f"{line}: classes are (n) int64 for logits (n, K); None explains a single output")
     score = output if y is None else pick(output, y)
+    layers.explaining = True
     (slope,) = torch.autograd.grad(score.sum(), at, create_graph=True)
+    layers.explaining = False
     return slope
 
 
@@ -324,7 +328,7 @@ def consensus_prior(attributions: Tensor, consensus: Tensor, patch: int | None =
     if patch is not None:
         if patch < 1 or maps.shape[1] % patch or maps.shape[2] % patch:
             raise HarmonizeError(f"patch {patch} does not divide the {maps.shape[1]}x{maps.shape[2]} map")
-        maps, target = avg_pool2d(maps, patch), avg_pool2d(target, patch)
+        maps, target = F.avg_pool2d(maps, patch), F.avg_pool2d(target, patch)
     return 1 - (_standardize(maps) * _standardize(target)).mean()
 
 
