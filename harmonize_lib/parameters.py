@@ -120,6 +120,25 @@ class FeatureDetectors(Study):
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 
 
+class ExpectedGradients(Parameters):
+    """Notebook 08."""
+
+    n_images: int = Field(12, ge=2, le=10_000, description="test images explained")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ("resnet", "mobilenet", "convnext", "vit")],
+        min_length=1,
+        description="zoo names, timm tags or python callables, as load_model takes them",
+    )
+    n_references: int = Field(100, ge=2, le=10_000, description="training images that references are drawn from")
+    draws: int = Field(256, ge=64, le=65_536, description="draws per image behind the completeness curve")
+    demo_seeds: int = Field(10, ge=2, le=1000, description="networks of the two-feature demonstration")
+    demo_epochs: int = Field(200, ge=5, le=2000, description="epochs of the two-feature demonstration")
+    benchmark_seeds: int = Field(5, ge=2, le=200, description="data sets and networks of the keep/remove benchmark")
+    benchmark_samples: int = Field(200, ge=1, le=10_000, description="gradients per attribution in that benchmark")
+    timed_steps: int = Field(5, ge=2, le=1000, description="pairs of training steps that are timed")
+    n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")
+
+
 class AttributionPriors(Study):
     """Notebook 09."""
 
@@ -133,7 +152,7 @@ class AttributionPriors(Study):
     pixel_epochs: int = Field(0, ge=0, le=1000, description="epochs of the pixel prior, 0 for the recipe's")
     pixel_seeds: int = Field(5, ge=2, le=100, description="networks per arm and weight of the pixel prior")
     pixel_weights: list[float] = Field(
-        [0.001, 0.003, 0.01, 0.03], min_length=1, description="weights of the pixel prior that are tried"
+        [0.0003, 0.001, 0.003, 0.01], min_length=1, description="weights of the pixel prior that are tried"
     )
     tolerance: float = Field(0.01, ge=0, le=1, description="validation accuracy the pixel prior may cost")
     flips: list[float] = Field(
@@ -171,6 +190,7 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "04_cross_architecture_transfer": Transfer,
     "05_harmonisation": Harmonization,
     "06_feature_detectors": FeatureDetectors,
+    "08_expected_gradients": ExpectedGradients,
     "09_attribution_priors": AttributionPriors,
 }
 
