@@ -485,6 +485,13 @@ def draw_differences(table: pd.DataFrame) -> Figure:
         plots.forest(ax, rows, "row", measure, "difference", hue="pair")
         ax.title.set_fontsize(8)
     lines, texts = axes[0].get_legend_handles_labels()
+    figure.suptitle(
+        "What the consensus prior changes: agreement with a held-out judge, finding the object",
+        x=0,
+        ha="left",
+        fontsize=9,
+        fontweight="bold",
+    )
     figure.legend(lines, texts, loc="outside lower center", ncols=3, fontsize=7)
     return figure
 

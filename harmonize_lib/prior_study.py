@@ -500,6 +500,23 @@ def choose_weights(table: pd.DataFrame, tolerance: float) -> dict[str, float]:
     return chosen
 
 
+def in_words(chosen: dict[str, float]) -> str:
+    """Say the chosen weights.
+
+    Parameters
+    ----------
+    chosen : dict[str, float]
+        From :func:`choose_weights`.
+
+    Returns
+    -------
+    str
+        One line.
+    """
+    words = {arm: "no weight is allowed" if weight != weight else f"λ = {weight:g}" for arm, weight in chosen.items()}
+    return "; ".join(f"{arm}: {word}" for arm, word in words.items() if arm != "baseline")
+
+
 def robustness(
     results: dict[tuple[str, float], dict[str, Tensor]],
     chosen: dict[str, float],
@@ -672,7 +689,7 @@ def draw_front(table: pd.DataFrame, chosen: dict[str, float], tolerance: float) 
     least = table.loc[table["arm"] == "baseline", "mean"].iloc[0] - tolerance
     ax.axhline(least, color="0.35", ls="--", lw=1, label=f"baseline − {tolerance:g}")
     ax.set(
-        title="Smoother maps cost accuracy",
+        title="What smooth maps cost",
         xlabel="total variation of standardized expected gradients",
         ylabel="validation accuracy",
     )
@@ -702,7 +719,7 @@ def draw_robustness(table: pd.DataFrame) -> Figure:
         axes[0].plot(
             REPORTED_FLIPS["flipped"], REPORTED_FLIPS[arm], color="0.4", ls=dash, lw=1, label=f"reported, MNIST: {arm}"
         )
-    axes[0].set(ylabel="test accuracy")
+    axes[0].set(ylabel="test accuracy", ylim=(0, 1.02))
     axes[0].legend(fontsize=6, loc="lower left")
     return figure
 

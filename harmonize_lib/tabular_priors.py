@@ -27,6 +27,7 @@ from harmonize_lib.tabular import Expression, Table, rewire, simulate_expression
 VERSION = 1
 TRAIN_ROWS, VALIDATION_ROWS = 100, 100
 LEARNING_RATE = 3e-3  # 100 steps of 1e-3 could not bring the wider initial weights of a narrow network to zero
+EVALUATION_ROWS = 500  # test rows, at most, whose expected gradients are measured
 EVALUATION_SAMPLES = 20  # draws (x', a) per row when a trained network's expected gradients are measured
 
 Penalty = Callable[["Perceptrons", Tensor, torch.Generator], Tensor]
@@ -459,6 +460,7 @@ def _sparsity_arm(
         auc = roc_auc(networks(x), y)
     generator = torch.Generator().manual_seed(seed)
     importance = torch.zeros(replicates, features)
+    x = x[:EVALUATION_ROWS]
     for rows in x.split(250):
         drawn = attributions(networks, rows, data.train[0], generator, samples=EVALUATION_SAMPLES)
         importance += drawn.detach().abs().sum(0) / len(x)
@@ -852,18 +854,24 @@ def draw_graph(results: Mapping[str, Mapping[str, Tensor]]) -> tuple[Figure, pd.
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.0), width_ratios=(1.1, 1))
     by_share = table[table["arm"].str.startswith("rewired")]
     share = by_share["arm"].str.removeprefix("rewired ").astype(float)
-    axes[0].plot(share, by_share["r2"], "o-", ms=4, lw=1.3, label="graph prior")
+    axes[0].plot(share, by_share["r2"], "o-", ms=4, lw=1.3, label="graph prior on expected gradients")
     axes[0].fill_between(share, by_share["r2_low"], by_share["r2_high"], alpha=0.15, lw=0)
     others = table[~table["arm"].str.startswith("rewired")]
     for row, dash in zip(others.to_dict("records"), ("-", "--", "-.", ":"), strict=True):
-        name = {"none": "no prior", "gradients": "true graph, prior on gradients"}.get(row["arm"], row["arm"])
-        axes[0].axhline(row["r2"], color="0.35", ls=dash, lw=1, label=name)
+        axes[0].axhline(row["r2"], color="0.35", ls=dash, lw=1, label=_graph_name(row["arm"]))
     axes[0].set(title="Graph prior and the graph's truth", xlabel="share of edges rewired", ylabel="R² on test samples")
     axes[0].legend(fontsize=6)
     differences = paired_table(results, TRUE_GRAPH, ["r2"]) if TRUE_GRAPH in results else pd.DataFrame()
     if len(differences):
-        plots.forest(axes[1], differences, "arm", "True graph minus …", "difference of R², paired")
+        named = differences.assign(arm=differences["arm"].map(_graph_name))
+        plots.forest(axes[1], named, "arm", "True graph minus …", "difference of R², paired")
     return figure, pd.concat([table.assign(part="means"), differences.assign(part="true graph minus arm")])
+
+
+def _graph_name(arm: str) -> str:
+    share = float(arm.removeprefix("rewired ")) if arm.startswith("rewired") else 0.0
+    names = {"none": "no prior", "gradients": "true graph, on gradients", RANDOM_GRAPH: "random graph"}
+    return names.get(arm, f"{share:.0%} of edges rewired" if share else arm)
 
 
 def draw_sparsity(results: Mapping[str, Mapping[str, Tensor]]) -> tuple[Figure, pd.DataFrame]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import tiny
 import torch
 
-import tiny
 from harmonize_lib import HarmonizeError
 from harmonize_lib import consensus_training as ct
 from harmonize_lib.data import Dataset

@@ -53,11 +53,12 @@ def test_two_files_with_row_numbers_stand_side_by_side(tmp_path, frame):
 
 
 def test_follow_up_becomes_an_event_within_the_horizon_and_every_row_is_counted(tmp_path, frame):
-    frame["y"] = np.tile([3.0, 12.0, -4.0, -15.0, 0.0, 10.0, -10.0, 9.5, -9.5, 20.0], 6)
+    frame = pd.concat([frame, frame], ignore_index=True)
+    frame["y"] = np.tile([3.0, 12.0, -4.0, -15.0, 0.0, 10.0, -10.0, 9.5, -9.5, 20.0], 12)
     frame.to_csv(tmp_path / "t.csv", index=False)
     table = load_table(f"csv:{tmp_path / 't.csv'}", "y", horizon=10)
-    np.testing.assert_array_equal(table.outcome, np.tile([1, 0, 0, 1, 0, 1, 0], 6))
-    assert table.excluded == {"no follow-up": 6, "censored within 10": 12}
+    np.testing.assert_array_equal(table.outcome, np.tile([1, 0, 0, 1, 0, 1, 0], 12))
+    assert table.excluded == {"no follow-up": 12, "censored within 10": 24}
     assert len(table) + sum(table.excluded.values()) == len(frame)
     np.testing.assert_allclose(table.features[:2, 0], frame["a"][:2])
 
@@ -93,7 +94,7 @@ def test_files_and_names_that_will_not_do(tmp_path, frame):
     with pytest.raises(HarmonizeError, match="needs a file"):
         load_table("csv:", "y")
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(HarmonizeError, match="empty.csv: not a readable CSV"):
+    with pytest.raises(HarmonizeError, match=r"empty\.csv: not a readable CSV"):
         load_table(f"csv:{tmp_path / 'empty.csv'}", "y")
     frame.to_csv(tmp_path / "long.csv", index=False)
     frame[["y"]][:50].to_csv(tmp_path / "short.csv", index=False)
