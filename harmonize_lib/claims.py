@@ -41,6 +41,14 @@ def _negative(i: Interval) -> str:
     return REPRODUCED if i.high < 0 else PARTLY if i.mean < 0 else NOT
 
 
+def _within(low: float, high: float) -> Callable[[Interval], str]:
+    return lambda i: REPRODUCED if low < i.low and i.high < high else PARTLY if low < i.mean < high else NOT
+
+
+def _below(full: float, part: float) -> Callable[[Interval], str]:
+    return lambda i: REPRODUCED if i.high < full else PARTLY if i.high < part else NOT
+
+
 SIGN = "reproduced: the 95 % interval lies {side} 0; partly: only the mean does; else not reproduced"
 KADIR = "Kadir et al. 2023"
 PROJECT = "this project's question"
@@ -116,6 +124,41 @@ CLAIMS: dict[str, Claim] = {
         "relevance rank against the object mask: best method minus the best of center, edges and random",
         SIGN.format(side="above"),
         _positive,
+    ),
+    "eg_complete": Claim(
+        ERION,
+        "Expected gradients are complete: they sum to f(x) minus the mean output over references (axiom)",
+        "slope of log completeness gap over log number of references, independent draws",
+        "reproduced: the 95 % interval lies in (-0.6, -0.4); partly: the mean does; else not reproduced",
+        _within(-0.6, -0.4),
+    ),
+    "eg_one_draw": Claim(
+        ERION,
+        "One draw per step suffices: dependence gone after about 68 epochs, with five draws after about 59 (figure)",
+        "epochs until the dependence is gone: one draw per step over five draws, same seeds",
+        "reproduced: upper bound < 1.5; partly: upper bound < 5; else not reproduced",
+        _below(1.5, 5),
+    ),
+    "eg_gradients_saturate": Claim(
+        ERION,
+        "A penalty on gradients does not remove the dependence: about .16 is left after 200 epochs (figure)",
+        "dependence left after the last epoch: penalty on gradients minus penalty on expected gradients, one draw",
+        "reproduced: lower bound > 0.1; partly: lower bound > 0; else not reproduced",
+        _above(0.1, 0.0),
+    ),
+    "eg_benchmark": Claim(
+        ERION,
+        "Expected gradients beat integrated gradients on 17 of 18 metrics (Correlated Groups 60, p = 7.2e-5)",
+        "share of the 18 metrics on which expected gradients score higher than integrated gradients, over seeds",
+        "reproduced: lower bound > 0.5; partly: only the mean; else not reproduced",
+        lambda i: REPRODUCED if i.low > 0.5 else PARTLY if i.mean > 0.5 else NOT,
+    ),
+    "eg_blindness": Claim(
+        ERION,
+        "Integrated gradients from a black image cannot see black pixels, expected gradients can (SI, figure 3)",
+        "mean |expected gradients| on black pixels over that elsewhere; integrated gradients from black give 0",
+        "reproduced: lower bound > 1; partly: lower bound > 0.5; else not reproduced",
+        _above(1.0, 0.5),
     ),
     "prior_flipped_pixels": Claim(
         ERION,

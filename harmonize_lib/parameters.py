@@ -133,7 +133,7 @@ class ExpectedGradients(Parameters):
     draws: int = Field(256, ge=64, le=65_536, description="draws per image behind the completeness curve")
     demo_seeds: int = Field(10, ge=2, le=1000, description="networks of the two-feature demonstration")
     demo_epochs: int = Field(200, ge=5, le=2000, description="epochs of the two-feature demonstration")
-    benchmark_seeds: int = Field(5, ge=2, le=200, description="data sets and networks of the keep/remove benchmark")
+    benchmark_seeds: int = Field(10, ge=2, le=200, description="data sets and networks of the keep/remove benchmark")
     benchmark_samples: int = Field(200, ge=1, le=10_000, description="gradients per attribution in that benchmark")
     timed_steps: int = Field(5, ge=2, le=1000, description="pairs of training steps that are timed")
     n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")

@@ -80,14 +80,14 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
         A parameter, data set or model that will not do.
     """
     settings = parameters.check(notebook, values)
-    for method in settings.methods:
+    for method in getattr(settings, "methods", []):
         if method not in METHODS:
             raise unknown("method", method, METHODS)
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
     dataset = load_dataset(settings.dataset, "test", settings.n_images)
-    loaded = [load_model(spec, device=settings.device) for spec in settings.models]
+    loaded = [load_model(spec, device=settings.device) for spec in getattr(settings, "models", [])]
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
         raise HarmonizeError(f"models name the same network twice: {', '.join(model.name for model in loaded)}"[:200])
