@@ -311,8 +311,8 @@ def benchmark(name: str, seeds: Sequence[int], samples: int) -> dict[str, Tensor
     networks = train(x[training], y[training], seeds)
     scores = []
     for method in tqdm(ATTRIBUTIONS, desc=name):
-        generator = torch.Generator().manual_seed(seeds[0])
-        values = explain(networks, x[test], x[training], method, samples, generator)
-        scored = keep_remove(networks, x[test], y[test], x[training], values, generator)
+        draws, background = (torch.Generator().manual_seed(seeds[0]) for _ in range(2))
+        values = explain(networks, x[test], x[training], method, samples, draws)
+        scored = keep_remove(networks, x[test], y[test], x[training], values, background)
         scores.append(torch.stack([scored[metric] for metric in METRICS]))
     return {"score": torch.stack(scores), "r2": r_squared(networks(x[test]), y[test])}
