@@ -365,7 +365,7 @@ def differences(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """
     rows = []
     for (model, method, name), part in table.groupby(["model", "method", "measure"], sort=False):
-        values = part.pivot_table(index="image", columns=["arm", "seed"], values="value", dropna=False)
+        values = part.pivot(index="image", columns=["arm", "seed"], values="value")
         ours = values[OURS]
         for against in ("before", PLAIN, CONTROL):
             other = values[against]

@@ -64,7 +64,8 @@ def test_arms_differ_in_the_penalty_alone_and_the_model_is_left_as_found(archite
             assert torch.equal(value, plain.network.state_dict()[name])
 
 
-def test_maps_come_nearer_to_the_target():
+def test_maps_come_nearer_to_the_target(monkeypatch):
+    monkeypatch.setattr(ct, "LEARNING_RATE", 5e-3)
     model, images = tiny.model("vgg"), data()
     maps = torch.zeros(8, 64, 64)
     maps[:, 16:40, 16:40] = 1

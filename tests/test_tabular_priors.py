@@ -257,6 +257,6 @@ def test_the_sparsity_study_keeps_every_replicate_and_repeats(tmp_path, monkeypa
         exponents = tp.SPARSITY_ARMS[arm][1]
         ends = [0.0] if arm == "none" else [10.0**exponent for exponent in exponents]
         assert all(min(abs(weight - end) for end in ends) <= 1e-6 * max(ends) for weight in values["weight"].tolist())
-    monkeypatch.setattr(tp, "_sparsity_arm", None)  # nothing may be computed again
+    monkeypatch.setattr(tp, "tune", None)  # nothing may be computed again
     again = tp.sparsity_study(table, 2, 2, [4], 3, 0)
     assert all(torch.equal(first[arm][name], again[arm][name]) for arm in first for name in first[arm])
