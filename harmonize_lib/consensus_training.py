@@ -497,7 +497,7 @@ def draw_differences(table: pd.DataFrame) -> Figure:
 
 
 def gallery(run: Run, studies: Sequence[Tuned], method: str, n: int) -> tuple[Figure, pd.DataFrame]:
-    """Maps of the first test images before and after, first seed, and the judge's.
+    """Maps of the first test images before and after, first seed, and the judge's: one row per image and target.
 
     Parameters
     ----------
@@ -516,21 +516,27 @@ def gallery(run: Run, studies: Sequence[Tuned], method: str, n: int) -> tuple[Fi
         The figure, and the relevance rank of every map shown.
     """
     few = run.dataset.select(torch.arange(n))
-    seed, options = run.settings.seed, OPTIONS.get(method, {})
-    first = run.settings.tuning_seeds[0]
-    rows: list[list[tuple[Tensor, str]]] = [[(image, "") for image in few.images]]
-    names, table = ["image"], []
+    options, first = OPTIONS.get(method, {}), run.settings.tuning_seeds[0]
+    rows: list[list[tuple[Tensor, str]]] = []
+    names, table = [], []
     for study in studies:
-        shown = {"before": study.plan.target} | {arm: study.models[arm, first] for arm in ARMS}
-        for arm, model in (shown | {"judge": study.plan.judge}).items():
-            maps = attributions(model, few, method, seed, **options)["maps"]
-            rows.append([(values, "") for values in maps])
-            who = study.plan.judge.name if arm == "judge" else study.plan.target.name
-            names.append(f"{plots.label(who)}\n{arm}")
-            if few.masks is not None:
-                ranks = relevance_rank(maps, few.masks).tolist()
-                table += [(who, arm, few.ids[i], rank) for i, rank in enumerate(ranks)]
-    return plots.gallery(rows, names), pd.DataFrame(table, columns=["model", "arm", "image", "relevance_rank"])
+        name, judge = plots.label(study.plan.target.name), plots.label(study.plan.judge.name)
+        shown = {
+            "before": study.plan.target,
+            **{arm: study.models[arm, first] for arm in ARMS},
+            "judge": study.plan.judge,
+        }
+        maps = {arm: attributions(m, few, method, run.settings.seed, **options)["maps"] for arm, m in shown.items()}
+        titles = {arm: f"{judge}\n(judge)" if arm == "judge" else arm.replace(" ", "\n", 1) for arm in shown}
+        for i in range(n):
+            panels = [(few.images[i], "image" if i == 0 else "")]
+            rows.append([*panels, *((values[i], titles[arm] if i == 0 else "") for arm, values in maps.items())])
+            names.append(name)
+        if few.masks is not None:
+            for arm, values in maps.items():
+                ranks = relevance_rank(values, few.masks).tolist()
+                table += [(study.plan.target.name, arm, few.ids[i], rank) for i, rank in enumerate(ranks)]
+    return plots.gallery(rows, names), pd.DataFrame(table, columns=["model", "map", "image", "relevance_rank"])
 
 
 def describe(table: pd.DataFrame) -> str:
