@@ -102,7 +102,7 @@ def completeness(run: study.Run) -> pd.DataFrame:
         key = {"weights": model.weights_hash, "version": VERSION, "seed": run.settings.seed}
         key["images"] = sha256_tensors({"images": images, "labels": labels, "references": start})
         key["draws"] = run.settings.draws
-        gaps = remember("completeness", key, lambda model=model: _gaps(run, model, start))
+        gaps = remember("completeness", key, partial(_gaps, run, model, start))
         for column, gap in gaps.items():
             estimator, _, size = column.rpartition(" ")
             part = {"image": run.dataset.ids, "gap": gap.numpy()}
@@ -284,10 +284,8 @@ def _against_captum(run: study.Run, repeats: int, samples: int) -> pd.DataFrame:
             theirs = [shap.attribute(x, starts, samples, stdevs=0.0, target=y) for _ in range(repeats)]
         side = x.shape[-1] // 8
         pooled = [F.avg_pool2d(torch.stack(part).detach().sum(2), side).flatten(2) for part in (ours, theirs)]
-        return {
-            "difference": pooled[0].mean(0) - pooled[1].mean(0),
-            "variance": sum(p.var(0) for p in pooled) / repeats,
-        }
+        variance = (pooled[0].var(0) + pooled[1].var(0)) / repeats
+        return {"difference": pooled[0].mean(0) - pooled[1].mean(0), "variance": variance}
 
     result = remember("gradient_shap", key, compute)
     return _standard_errors(f"{plots.label(name)}: captum's GradientShap", result["difference"], result["variance"])
@@ -363,7 +361,7 @@ def _dependence(model: _Saturated, count: int) -> Tensor:
     return effects[0] / effects[1]
 
 
-def _demonstrate(method: str, samples: int, logarithm: bool, seeds: Sequence[int], epochs: int) -> Tensor:
+def _demonstrate(method: str, samples: int, logarithm: bool, seeds: Sequence[int], epochs: int) -> dict[str, Tensor]:
     """Dependence after each epoch, (epochs + 1, R)."""
     count, y = len(seeds), _demo_data(seeds)
     networks = Perceptrons([2], seeds)
@@ -387,7 +385,7 @@ def _demonstrate(method: str, samples: int, logarithm: bool, seeds: Sequence[int
             (losses.sum() / len(rows)).backward()
             optimizer.step()
         history.append(_dependence(model, count))
-    return torch.stack(history)
+    return {"dependence": torch.stack(history)}
 
 
 def demonstration(run: study.Run) -> pd.DataFrame:
@@ -412,7 +410,7 @@ def demonstration(run: study.Run) -> pd.DataFrame:
     for name, (method, samples) in tqdm(DEMO.items(), desc="demonstration"):
         task = (method, samples, name == "gradients of log p", list(seeds), settings.demo_epochs)
         key = {"task": list(task), "version": VERSION}
-        values = remember("demonstration", key, lambda task=task: {"dependence": _demonstrate(*task)})["dependence"]
+        values = remember("demonstration", key, partial(_demonstrate, *task))["dependence"]
         epoch, seed = np.meshgrid(np.arange(len(values)), np.array(seeds), indexing="ij")
         columns = {"seed": seed.ravel(), "epoch": epoch.ravel(), "dependence": values.numpy().ravel()}
         parts.append(pd.DataFrame(columns).assign(penalty=name))

@@ -91,8 +91,8 @@ def test_means_of_draws_are_exact_and_equal_captum(run):
 
 def test_demonstration_equals_training_one_network_by_itself():
     """Networks side by side go the way that each goes alone, with another one's attribution penalized by hand."""
-    together = _demonstrate("gradients", 1, False, [0, 5], 3)
-    alone = _demonstrate("gradients", 1, False, [5], 3)
+    together = _demonstrate("gradients", 1, False, [0, 5], 3)["dependence"]
+    alone = _demonstrate("gradients", 1, False, [5], 3)["dependence"]
     torch.testing.assert_close(together[:, 1:], alone, atol=1e-5, rtol=1e-4)
     coins = (torch.rand(1000, generator=torch.Generator().manual_seed(5)) < 0.5).float()
     weight = torch.tensor([10.0, 10.0], requires_grad=True)
