@@ -196,7 +196,7 @@ def draw_completeness(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     ax.plot(ends, 1.6 * rms["independent draws"].max() * ends**-0.5, color="0.35", ls="--", lw=1, label="slope −1/2")
     ax.plot([], [], "x:", color="0.35", ms=4, lw=1.2, label="stratified draws (explain)")
     ax.set(xscale="log", yscale="log", xlabel="references drawn", ylabel="completeness gap, RMS in logits")
-    ax.set_title("The completeness gap closes as one over the root of the draws")
+    ax.set_title("Completeness gap over the number of draws")
     ax.legend(fontsize=6.5)
     return figure
 
@@ -461,7 +461,7 @@ def draw_demonstration(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     Figure
         The figure.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.2), width_ratios=[1.25, 1])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 4.0), width_ratios=[1.25, 1])
     colors = dict(zip(DEMO, [*sns.color_palette("Blues_r", 7)[:5], *sns.color_palette("colorblind")[1:5]], strict=True))
     for name, part in table.groupby("penalty", sort=False):
         grouped = part.groupby("epoch")["dependence"]
@@ -469,8 +469,8 @@ def draw_demonstration(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         left.plot(mean.index, mean, color=colors[name], lw=1.3, label=name)
         left.fill_between(mean.index, mean - half, mean + half, color=colors[name], alpha=0.15, lw=0)
     left.set(xlabel="epoch", ylabel="dependence on the second copy")
-    left.set_title("Gradients saturate, expected gradients do not", fontsize=9)
-    left.legend(fontsize=6, loc="upper right")
+    left.set_title("Dependence on the redundant feature", fontsize=9)
+    left.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     shown = summary[np.isfinite(summary["reported"]) | (summary["reached"] > 1)].reset_index(drop=True)
     error = np.abs(shown[["low", "high"]].to_numpy().T - shown["mean"].to_numpy())
     right.errorbar(shown["mean"], shown.index, xerr=error, fmt="o", ms=4, lw=1.4, label="here, 95 % interval")
@@ -480,7 +480,7 @@ def draw_demonstration(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     right.set_ylim(len(shown) - 0.5, -0.5)
     right.set_title("Epochs needed", fontsize=9)
     right.tick_params(axis="y", labelsize=7)
-    right.legend(fontsize=6.5)
+    right.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     return figure
 
 
@@ -588,7 +588,7 @@ def draw_benchmark(table: pd.DataFrame) -> Figure:
     left.plot([], [], "D", mfc="none", color="0.35", ms=6, label="reported")
     left.set(yticks=places, yticklabels=METRICS, xlabel="score / score of expected gradients", ylabel="metric")
     left.set_ylim(len(METRICS) - 0.5, -0.5)
-    left.set_title("Correlated groups", fontsize=9)
+    left.set_title("Scores on correlated groups", fontsize=9)
     left.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
     for name, shift, color in zip(DATASETS, (-0.15, 0.15), sns.color_palette("colorblind")[4:], strict=False):
         rows = benchmark_table(table, name)
