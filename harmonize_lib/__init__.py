@@ -9,6 +9,14 @@ from harmonize_lib.faithfulness import area, deletion, insertion, road
 from harmonize_lib.features import feature_image, feature_mask
 from harmonize_lib.localization import average_precision, mask_iou, pointing_game, relevance_mass, relevance_rank
 from harmonize_lib.models import Model, list_models, load_model
+from harmonize_lib.priors import (
+    consensus_prior,
+    expected_gradients_penalty,
+    graph_prior,
+    pixel_prior,
+    sparsity_prior,
+    training_attributions,
+)
 from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference
 from harmonize_lib.transfer import family_advantage, held_out_pool, recognition, relative_transfer, transfer_table
 
@@ -22,12 +30,15 @@ __all__ = [
     "average_precision",
     "bootstrap_interval",
     "consensus",
+    "consensus_prior",
     "deletion",
+    "expected_gradients_penalty",
     "explain",
     "family_advantage",
     "feature_agreement",
     "feature_image",
     "feature_mask",
+    "graph_prior",
     "held_out_pool",
     "holm",
     "insertion",
@@ -38,6 +49,7 @@ __all__ = [
     "load_model",
     "mask_iou",
     "paired_difference",
+    "pixel_prior",
     "pointing_game",
     "rank_agreement",
     "recognition",
@@ -47,8 +59,10 @@ __all__ = [
     "relevance_rank",
     "road",
     "sign_agreement",
+    "sparsity_prior",
     "spearman",
     "ssim",
     "topk_iou",
+    "training_attributions",
     "transfer_table",
 ]

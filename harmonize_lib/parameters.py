@@ -178,6 +178,69 @@ class FeatureDetectors(Study):
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 
 
+class ExpectedGradients(Parameters):
+    """Notebook 08."""
+
+    n_images: int = Field(12, ge=2, le=10_000, description="test images explained")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ("resnet", "mobilenet", "convnext", "vit")],
+        min_length=1,
+        description="zoo names, timm tags or python callables, as load_model takes them",
+    )
+    n_references: int = Field(100, ge=2, le=10_000, description="training images that references are drawn from")
+    draws: int = Field(256, ge=64, le=65_536, description="draws per image behind the completeness curve")
+    demo_seeds: int = Field(10, ge=2, le=1000, description="networks of the two-feature demonstration")
+    demo_epochs: int = Field(200, ge=5, le=2000, description="epochs of the two-feature demonstration")
+    benchmark_seeds: int = Field(10, ge=2, le=200, description="data sets and networks of the keep/remove benchmark")
+    benchmark_samples: int = Field(200, ge=1, le=10_000, description="gradients per attribution in that benchmark")
+    timed_steps: int = Field(5, ge=2, le=1000, description="pairs of training steps that are timed")
+    n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")
+
+
+class AttributionPriors(Study):
+    """Notebook 09."""
+
+    n_images: int = Field(100, ge=2, le=10_000, description="test images whose maps judge the consensus prior")
+    methods: list[str] = Field(
+        ["input_x_gradient", "saliency"], min_length=1, description="methods whose maps judge the consensus prior"
+    )
+    pixels: str = Field("digits", description="images of the pixel prior: digits, mnist:DIR, fashion-mnist:DIR, ...")
+    pixel_images: int = Field(0, ge=0, description="training images of the pixel prior, 0 for all")
+    pixel_recipe: Literal["small", "paper"] = Field("small", description="network and training of the pixel prior")
+    pixel_epochs: int = Field(0, ge=0, le=1000, description="epochs of the pixel prior, 0 for the recipe's")
+    pixel_seeds: int = Field(5, ge=2, le=100, description="networks per arm and weight of the pixel prior")
+    pixel_weights: list[float] = Field(
+        [0.0003, 0.001, 0.003, 0.01], min_length=1, description="weights of the pixel prior that are tried"
+    )
+    tolerance: float = Field(0.01, ge=0, le=1, description="validation accuracy the pixel prior may cost")
+    flips: list[float] = Field(
+        [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3], min_length=2, description="shares of flipped pixels"
+    )
+    sigmas: list[float] = Field(
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], min_length=2, description="Gaussian noise, share of the pixels' range"
+    )
+    graph_seeds: int = Field(10, ge=2, le=1000, description="simulations of expression on a graph")
+    graph_shares: list[float] = Field(
+        [0.0, 0.25, 0.5, 0.75, 1.0], min_length=2, description="shares of the graph's edges that are rewired"
+    )
+    table: str = Field("diabetes", description="of the sparsity prior: diabetes, breast_cancer, csv:FILE[,FILE]")
+    outcome: str = Field("", description="column of the outcome in a CSV")
+    horizon: float = Field(0.0, ge=0, description="0: outcome is 0 or 1; else: follow-up time, event within this")
+    replicates: int = Field(50, ge=2, le=1000, description="splits of the table")
+    penalty_weights: int = Field(7, ge=1, le=200, description="weights of each penalty that are tried")
+    hidden: list[int] = Field([32, 16], min_length=1, description="hidden layers of the table's networks")
+    penalty_epochs: int = Field(100, ge=1, le=10_000, description="full-batch steps of the table's networks")
+    fine_tuned: list[str] = Field(["resnet-obj", "swin-obj"], min_length=1, description="models the consensus trains")
+    judges: list[str] = Field(["vit-obj", "convnext-obj"], min_length=1, description="held-out model for each of them")
+    consensus_method: str = Field("input_x_gradient", description="method whose maps are pooled")
+    train_images: int = Field(500, ge=50, le=100_000, description="images the consensus prior trains on")
+    tuning_epochs: int = Field(2, ge=1, le=100, description="passes over them")
+    tuning_seeds: list[int] = Field([0, 1, 2], min_length=2, description="seeds of the fine-tuning")
+    tuning_weights: list[float] = Field([1.0, 10.0], min_length=1, description="weights that are tried")
+    n_accuracy: int = Field(1000, ge=100, le=10_000, description="test images for clean accuracy")
+    n_shown: int = Field(5, ge=1, le=8, description="images in the galleries")
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "01_data_and_models": DataAndModels,
     "02_attribution_extraction": AttributionExtraction,
@@ -185,6 +248,8 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "04_cross_architecture_transfer": Transfer,
     "05_harmonisation": Harmonization,
     "06_feature_detectors": FeatureDetectors,
+    "08_expected_gradients": ExpectedGradients,
+    "09_attribution_priors": AttributionPriors,
 }
 
 

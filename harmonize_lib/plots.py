@@ -42,6 +42,7 @@ LABELS = {
     "integrated_gradients": "Integrated gradients",
     "integrated_gradients_smoothgrad": "IG + SmoothGrad",
     "expected_gradients": "Expected gradients",
+    "gradients": "Gradients",
     "grad_cam": "Grad-CAM",
     "guided_grad_cam": "Guided Grad-CAM",
     "occlusion": "Occlusion",

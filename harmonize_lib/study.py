@@ -86,7 +86,7 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
     dataset = load_dataset(settings.dataset, "test", settings.n_images)
     LOADED.clear()
-    loaded = [load_model(spec, device=settings.device) for spec in settings.models]
+    loaded = [load_model(spec, device=settings.device) for spec in getattr(settings, "models", [])]
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
         raise HarmonizeError(
