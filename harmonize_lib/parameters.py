@@ -17,6 +17,15 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
 STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
+CHEAP: dict[str, dict[str, Any]] = {
+    "smoothgrad": {"samples": 8},
+    "smoothgrad_squared": {"samples": 8},
+    "integrated_gradients": {"steps": 8, "max_steps": 8},
+    "integrated_gradients_smoothgrad": {"steps": 4, "samples": 4},
+    "expected_gradients": {"samples": 16},
+    "occlusion": {"patch": 8, "stride": 8},
+    "rise": {"masks": 64},
+}
 
 
 class Parameters(BaseModel):
@@ -123,6 +132,38 @@ class FeatureDetectors(Study):
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 
 
+class RealityChecks(Study):
+    """Notebook 13."""
+
+    n_images: int = Field(20, ge=2, le=100_000, description="test images explained")
+    models: list[str] = Field(
+        ["resnet-obj", "vit-obj", "swin-obj"],
+        min_length=2,
+        description="zoo names, timm tags or python callables, as load_model takes them",
+    )
+    methods: list[str] = Field(
+        [method for method in METHODS if method not in ("random", "center")],
+        min_length=1,
+        description="attribution methods, edges as a control",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        CHEAP,
+        description="options of methods: cheaper than their defaults, because every randomized model is explained",
+    )
+    stages: int = Field(
+        4, ge=2, le=20, description="stages of randomization, the logits' layer and equal parts of the rest"
+    )
+    rule: str = Field("mean", description="the rule of consensus")
+    n_shown: int = Field(1, ge=1, le=8, description="images in the gallery")
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, given: str) -> str:
+        if given not in list_rules():
+            raise unknown("rule", given, list_rules())
+        return given
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "01_data_and_models": DataAndModels,
     "02_attribution_extraction": AttributionExtraction,
@@ -130,6 +171,7 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "04_cross_architecture_transfer": Transfer,
     "05_harmonisation": Harmonization,
     "06_feature_detectors": FeatureDetectors,
+    "13_reality_checks": RealityChecks,
 }
 
 
