@@ -86,9 +86,9 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     Parameters
     ----------
     name : str
-        ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only" | "random_labels"``, the last the objects'
-        in a random order; ``commonality=k`` with ``object=name``: that object in the first k of 10 scene classes,
-        nothing in the others),
+        ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only" | "random_labels"``, the last those of
+        objects in a random order; ``commonality=k`` with ``object=name``: that object in the first k of 10 scene
+        classes, nothing in the others),
         ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224), or
         ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"cifar10:DIR"`` (option ``download``).
     split : str

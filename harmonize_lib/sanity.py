@@ -61,8 +61,8 @@ def layers(model: Model) -> list[tuple[str, ...]]:
     Notes
     -----
     A layer begins with a module that owns a weight of two or more dimensions; what follows with vectors alone
-    (normalization, layer scale) belongs to it. A module that is not called itself stands where its nearest called
-    ancestor does.
+    (normalization, layer scale) belongs to it, and what precedes the first to the first. A module that is not called
+    itself stands where its nearest called ancestor does.
     """
     modules = dict(model.network.named_modules())
     called = _order_of_calls(model)
@@ -75,13 +75,15 @@ def layers(model: Model) -> list[tuple[str, ...]]:
             name = name.rpartition(".")[0]
         return called[name]
 
-    found: list[list[str]] = []
+    found: list[list[str]] = [[]]
+    weighed = False
     for owner in sorted(owned, key=place):
         weighs = any(parameter.ndim > 1 for parameter in modules[owner].parameters(recurse=False))
-        if weighs or not found:
+        if weighs and weighed:
             found.append([])
+        weighed = weighed or weighs
         found[-1] += owned[owner]
-    return [tuple(names) for names in found]
+    return [tuple(names) for names in found if names]
 
 
 def _order_of_calls(model: Model) -> dict[str, int]:
