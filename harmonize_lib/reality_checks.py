@@ -689,7 +689,7 @@ CHECKS: dict[str, Check] = {
         value="after",
     ),
     **{
-        metric: Check(f"BAM\n{metric}", "07_bam", "*", {"metric": metric, "model": "mean"}, 1)
+        metric: Check(f"BAM\n{metric}", "07_bam", "metrics_original", {"metric": metric, "model": "mean"}, 1)
         for metric in ("MCS", "IDR", "IIR")
     },
     "transfer": Check(
@@ -729,20 +729,18 @@ def read_table(figures: Path, notebook: str, name: str, needed: Iterable[str]) -
     notebook : str
         Name of the notebook.
     name : str
-        Name of the table; ``*`` tries all, in order of their names.
+        Name of the table.
     needed : Iterable[str]
         Columns it must have.
 
     Returns
     -------
     pd.DataFrame or None
-        The first such table; None where there is none.
+        The table; None where there is none with these columns.
     """
-    for path in sorted((figures / notebook).glob(f"{name}.csv")):
-        table = pd.read_csv(path)
-        if set(needed) <= set(table):
-            return table
-    return None
+    path = figures / notebook / f"{name}.csv"
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    return table if set(needed) <= set(table) else None
 
 
 def _rows(table: pd.DataFrame, where: Mapping[str, object]) -> pd.DataFrame:
@@ -821,7 +819,8 @@ def harmonized_card(figures: Path, rule: str) -> tuple[pd.DataFrame, list[str]]:
             rows.append((name, levels[SINGLE].mean(), levels[HARMONIZED].mean(), _side(*difference[1:3])))
         else:
             missing.append(f"{name}: no harmonized maps in {THIS}/{table}")
-    bam = read_table(figures, "07_bam", "*", ["metric", "variant", "rule", "consensus", "members", "low", "high"])
+    needed = ["metric", "variant", "rule", "consensus", "members", "low", "high"]
+    bam = read_table(figures, "07_bam", "harmonized_by_rule", needed)
     for metric in ("MCS", "IDR", "IIR"):
         found = None if bam is None else _rows(bam, {"metric": metric, "variant": "original", "rule": rule})
         if found is not None and len(found):
