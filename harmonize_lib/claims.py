@@ -53,6 +53,7 @@ SIGN = "reproduced: the 95 % interval lies {side} 0; partly: only the mean does;
 KADIR = "Kadir et al. 2023"
 PROJECT = "this project's question"
 ERION = "Erion et al. 2021"
+AUDIT = "Explainability sanity audit (BaurothM)"
 
 CLAIMS: dict[str, Claim] = {
     "transfer": Claim(
@@ -224,6 +225,47 @@ CLAIMS: dict[str, Claim] = {
         SIGN.format(side="above"),
         _positive,
     ),
+    "sanity_weights": Claim(
+        PROJECT,
+        "Maps depend on the weights: randomizing all of them changes every method's maps more than training from "
+        "another seed does",
+        "Spearman with the maps of a second seed minus with those of the randomized model, for the method where it is "
+        "least",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "sanity_labels": Claim(
+        PROJECT,
+        "Maps depend on the labels: a model that memorized random labels has other maps than one trained from another "
+        "seed, by every method",
+        "Spearman with the maps of a second seed minus with those of the model of random labels, for the method where "
+        "it is least",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "sanity_floor": Claim(
+        AUDIT,
+        "Integrated gradients never reach the floor under cascading randomization (Spearman at its end 0.345, 0.389, "
+        "0.375 for ResNet50, ViT-B/16, MobileViT-S on ImageNet)",
+        "Spearman of integrated gradients before and after all weights are randomized, mean over architectures",
+        "reproduced: lower bound > 0.1; partly: lower bound > 0; else not reproduced",
+        _above(0.1, 0.0),
+    ),
+    "harmonized_sanity": Claim(
+        PROJECT,
+        "Harmonized maps pass the checks of weights and labels by every method",
+        "Spearman with the consensus of second seeds minus with the consensus of destroyed models, for the method and "
+        "check where it is least",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "harmonized_dulls": Claim(
+        PROJECT,
+        "Harmonizing sharpens the check of weights rather than dulling it",
+        "the difference of sanity_weights for harmonized maps minus the mean of their members, mean over methods",
+        SIGN.format(side="above"),
+        _positive,
+    ),
 }
 
 
@@ -262,6 +304,23 @@ def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame
     return table
 
 
+def gather_claims(figures: Path) -> pd.DataFrame:
+    """Read every notebook's claims.
+
+    Parameters
+    ----------
+    figures : Path
+        The figures folder.
+
+    Returns
+    -------
+    pd.DataFrame
+        The ledger as text, in the order of the notebooks.
+    """
+    parts = [pd.read_csv(path, dtype=str) for path in sorted(figures.glob("*/claims.csv"))]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
+
+
 def merge_claims(figures: Path) -> pd.DataFrame:
     """Gather every notebook's claims into ``claims.csv`` of the figures folder.
 
@@ -293,9 +352,7 @@ def ledger_text(figures: Path) -> str:
     str
         Header and one line per claim, in the order of the notebooks.
     """
-    parts = [pd.read_csv(path, dtype=str) for path in sorted(figures.glob("*/claims.csv"))]
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
-    return table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    return gather_claims(figures).to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
 
 
 def in_words(ledger: pd.DataFrame) -> str:

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from harmonize_lib import shapes
 from harmonize_lib.errors import HarmonizeError, unknown
 
-LABELS = ("obj", "scene", "scene_only")
+LABELS = ("obj", "scene", "scene_only", "random_labels")
 TEST_SIZE = 10_000
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -106,8 +106,9 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     Parameters
     ----------
     name : str
-        ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only"``, ``commonality=k`` with
-        ``object=name``: that object in the first k of 10 scene classes, nothing in the others),
+        ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only" | "random_labels"``, the last those of
+        objects in a random order; ``commonality=k`` with ``object=name``: that object in the first k of 10 scene
+        classes, nothing in the others),
         ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224), or
         ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"cifar10:DIR"`` (option ``download``).
     split : str
@@ -178,14 +179,17 @@ def _shapes_on_scenes(
         mask[bare], moved_mask[bare] = False, False
     if labels == "scene_only":
         with_object, mask = without, np.zeros_like(mask)
-    by_scene = labels != "obj" or commonality is not None
+    by_scene = labels.startswith("scene") or commonality is not None
+    given = scene_labels if by_scene else object_labels
+    if labels == "random_labels":
+        given = np.random.default_rng([seed, n]).permutation(object_labels)
 
     def channels_first(images: np.ndarray) -> Tensor:
         return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
     return Dataset(
         images=channels_first(with_object),
-        labels=torch.from_numpy(scene_labels if by_scene else object_labels),
+        labels=torch.from_numpy(given),
         classes=tuple(shapes.SCENES) if by_scene else shapes.OBJECTS,
         masks=torch.from_numpy(mask),
         ids=tuple(f"{split}-{seed}-{i:06d}" for i in range(n)),

@@ -22,6 +22,15 @@ ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
 SIDES = {"shapes-on-scenes": 64, "imagefolder": 224, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
 STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
+CHEAP: dict[str, dict[str, Any]] = {
+    "smoothgrad": {"samples": 8},
+    "smoothgrad_squared": {"samples": 8},
+    "integrated_gradients": {"steps": 8, "max_steps": 8},
+    "integrated_gradients_smoothgrad": {"steps": 4, "samples": 4},
+    "expected_gradients": {"samples": 16},
+    "occlusion": {"patch": 8, "stride": 8},
+    "rise": {"masks": 64},
+}
 
 
 class Parameters(BaseModel):
@@ -241,6 +250,61 @@ class AttributionPriors(Study):
     n_shown: int = Field(5, ge=1, le=8, description="images in the galleries")
 
 
+class RealityChecks(Study):
+    """Notebook 13."""
+
+    n_images: int = Field(20, ge=2, le=100_000, description="test images explained")
+    models: list[str] = Field(
+        ["resnet-obj", "vit-obj", "swin-obj"],
+        min_length=2,
+        description="zoo names, timm tags or python callables, as load_model takes them",
+    )
+    methods: list[str] = Field(
+        [method for method in METHODS if method not in ("random", "center")],
+        min_length=1,
+        description="attribution methods, edges as a control",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        CHEAP,
+        description="options of methods: cheaper than their defaults, because every randomized model is explained",
+    )
+    stages: int = Field(
+        4, ge=2, le=20, description="stages of randomization, the logits' layer and equal parts of the rest"
+    )
+    rule: str = Field("mean", description="the rule of consensus")
+    n_shown: int = Field(1, ge=1, le=8, description="images in the gallery")
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, given: str) -> str:
+        if given not in list_rules():
+            raise unknown("rule", given, list_rules())
+        return given
+
+
+class Explorer(Patches):
+    """Notebook 14."""
+
+    n_images: int = Field(20, ge=2, le=100_000, description="test images to choose from")
+    fraction: Fraction = Field(0.1, description="share k at the start, one of fractions")
+    rules: list[str] = Field(
+        ["mean", "median", "borda", "rrf", "agg_var", "crh"],
+        min_length=1,
+        description="rules of consensus to choose from",
+    )
+    picture: str = Field(
+        "", description="a picture of your own for the last figure; empty: a photograph of scikit-learn's"
+    )
+
+    @field_validator("rules")
+    @classmethod
+    def _known(cls, given: list[str]) -> list[str]:
+        for rule in given:
+            if rule not in list_rules():
+                raise unknown("rule", rule, list_rules())
+        return given
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "01_data_and_models": DataAndModels,
     "02_attribution_extraction": AttributionExtraction,
@@ -250,6 +314,8 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "06_feature_detectors": FeatureDetectors,
     "08_expected_gradients": ExpectedGradients,
     "09_attribution_priors": AttributionPriors,
+    "13_reality_checks": RealityChecks,
+    "14_explorer": Explorer,
 }
 
 

@@ -71,6 +71,10 @@ LABELS = {
     "insertion": "Insertion",
     "deletion": "Deletion",
     "road": "ROAD, LeRF − MoRF",
+    "harmonized": "Harmonized",
+    "spearman": "Spearman",
+    "spearman_of_magnitudes": "Spearman of magnitudes",
+    "ssim": "SSIM",
 }
 
 

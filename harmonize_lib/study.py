@@ -495,7 +495,7 @@ def predictions(model: Model, images: Tensor) -> Tensor:
 
 
 def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.DataFrame:
-    """Test accuracy of every model of the zoo that has one of these architectures.
+    """Test accuracy of every model of the zoo that has one of these architectures and was trained to generalize.
 
     Parameters
     ----------
@@ -513,7 +513,8 @@ def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.Data
     """
     rows = []
     for name, entry in tqdm(manifest().items(), desc="accuracy"):
-        if entry["architecture"] in architectures and "commonality" not in entry["labels"]:
+        general = "commonality" not in entry["labels"] and entry["labels"]["labels"] != "random_labels"
+        if entry["architecture"] in architectures and general:
             data = load_dataset("shapes-on-scenes", "test", n, **entry["labels"])
             correct = predictions(load_model(name), data.images) == data.labels
             task = name.removeprefix(entry["architecture"] + "-")

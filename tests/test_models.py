@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from harmonize_lib import HarmonizeError, list_models, load_dataset, load_model, paths
-from harmonize_lib.models import ARCHITECTURES, Model, _family, shuffled
+from harmonize_lib.models import ARCHITECTURES, Model, _family, manifest, shuffled
 
 FAMILIES = {"vit": "transformer", "swin": "transformer", "mobilevit": "hybrid"}
 
@@ -62,6 +62,9 @@ def test_every_shipped_model_is_whole_and_recognizes():
     data = load_dataset("shapes-on-scenes", "test", 100)
     for name in list_models():
         model = load_model(name, device="cpu")
+        if name.endswith("random_labels"):
+            assert manifest()[name]["train_accuracy"] >= 0.95, name
+            continue
         truth = data.extras["object_labels" if "-obj" in name else "scene_labels"]
         images = data.extras["without_object"] if "scene_only" in name else data.images
         with torch.inference_mode():
