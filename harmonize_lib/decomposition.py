@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import resolve_name
 
 from harmonize_lib.errors import HarmonizeError
@@ -88,16 +87,17 @@ def propagate(model: nn.Module, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Te
     HarmonizeError
         A function without a rule, by its name; logits of a wrong shape, or NaN.
     """
+    beta, logits = _through(model, beta, gamma, beta + gamma)
+    logits_of(nn.Identity(), logits)
+    return beta, logits - beta
+
+
+def _through(model: nn.Module, beta: Tensor, gamma: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     own, rest = (part.detach().abs().flatten(1).sum(1) for part in (beta, gamma))
-    logits = model(_split(beta, gamma, torch.where(own + rest > 0, own / (own + rest), 0.5)))
+    logits = model(_split(beta, whole, torch.where(own + rest > 0, own / (own + rest), 0.5)))
     if not isinstance(logits, Split):
         raise HarmonizeError("contextual decomposition lost the input: the logits depend on it by a softmax alone")
-    if logits.beta.ndim != 2 or len(logits.beta) != len(beta):
-        shape = tuple(logits.beta.shape)
-        raise HarmonizeError(f"the model turns {len(beta)} images into {shape}: logits must be (N, K)")
-    if not (logits.beta + logits.gamma).isfinite().all():
-        raise HarmonizeError("the decomposed logits hold NaN or infinite values: check weights and images")
-    return logits.beta, logits.gamma
+    return logits.beta, logits.whole
 
 
 def patch_groups(height: int, width: int, patch: int) -> Tensor:
@@ -146,34 +146,41 @@ def patch_contributions(task: Task, *, patch: int | None = None) -> Result:
     patch = max(1, min(height, width) // 8) if patch is None else patch
     check_numbers(1, patch=patch)
     groups = patch_groups(height, width, patch).to(task.x.device)
-    maps = torch.zeros_like(task.x[:, 0])
+    targets = task.targets[:, None, None].expand(-1, len(groups), 1)
     with torch.no_grad():
         logits = logits_of(task.model, task.x)
-        for part in task.chunks(len(groups)):
-            masks = groups[part]
-            group = masks[None, :, None]
-            beta = (task.x[:, None] * group).flatten(0, 1)
-            gamma = (task.x[:, None] * ~group).flatten(0, 1)
-            values = pick(propagate(task.model, beta, gamma)[0], task.targets.repeat_interleave(len(masks)))
-            maps += torch.einsum("ns,shw->nhw", values.unflatten(0, (-1, len(masks))), masks.to(values))
+        pick(logits, task.targets)
+        betas = torch.stack([_of_groups(task.model, x, groups, task.rows) for x in task.x])
+    values = betas.gather(2, targets)[..., 0]
+    maps = torch.einsum("ns,shw->nhw", values, groups.to(values))
     return Result(maps, logits, steps=torch.full_like(task.targets, len(groups)), notes={"patch": patch})
 
 
+def _of_groups(model: nn.Module, x: Tensor, groups: Tensor, rows: int) -> Tensor:
+    """beta (groups, K) of an image (C, H, W): the groups share one full pass."""
+    x = x[None]
+
+    def beta(group: Tensor) -> Tensor:
+        return _through(model, x * group, x * ~group, x)[0][0]
+
+    return torch.cat([torch.func.vmap(beta)(part) for part in groups.split(rows)])
+
+
 class Split(Tensor):
-    """A tensor in two parts that stand for their sum; torch's functions reach it through ``RULES``.
+    """A tensor and a group's part of it; torch's functions reach it through ``RULES``.
 
     Attributes
     ----------
     beta : Tensor
-        The group's part.
-    gamma : Tensor
-        The rest.
+        The group's part; the rest is gamma = whole - beta.
+    whole : Tensor
+        What the network itself computes there.
     share : Tensor
         (N) the group's share of the input's magnitude, in [0, 1].
     """
 
     beta: Tensor
-    gamma: Tensor
+    whole: Tensor
     share: Tensor
 
     @classmethod
@@ -204,24 +211,24 @@ class Split(Tensor):
         path = resolve_name(function) or function.__name__
         name = path.removesuffix(".__get__").rpartition(".")[2]
         if name in METADATA:
-            return function(args[0].beta, *args[1:], **(kwargs or {}))
+            return function(args[0].whole, *args[1:], **(kwargs or {}))
         rule = RULES.get(name.strip("_"))
         if rule is None:
             raise HarmonizeError(f"contextual decomposition has no rule for {path}, which this network calls")
         result = rule(function, *args, **(kwargs or {}))
         if name.endswith("_") and not name.endswith("__"):  # in place
-            args[0].beta, args[0].gamma = result.beta, result.gamma
+            args[0].beta, args[0].whole = result.beta, result.whole
             return args[0]
         return result
 
 
-def _split(beta: Tensor, gamma: Tensor, share: Tensor) -> Split:
-    split = torch.empty(beta.shape, device="meta").as_subclass(Split)
-    split.beta, split.gamma, split.share = beta, gamma, share
+def _split(beta: Tensor, whole: Tensor, share: Tensor) -> Split:
+    split = torch.empty(whole.shape, device="meta").as_subclass(Split)
+    split.beta, split.whole, split.share = beta, whole, share
     return split
 
 
-def _alone(x: Split, *others: Any) -> None:
+def _alone(x: Any, *others: Any) -> None:
     if not isinstance(x, Split) or any(isinstance(other, Split) for other in others):
         raise HarmonizeError("contextual decomposition has no rule for weights that depend on the image")
 
@@ -235,23 +242,35 @@ def _per_row(share: Tensor, value: Tensor) -> Tensor:
     return share.repeat_interleave(repeats).view(-1, *[1] * (value.ndim - 1))
 
 
-def _with_bias(beta: Tensor, gamma: Tensor, bias: Tensor | float | None, share: Tensor) -> Split:
-    """beta + r b, gamma + (1 - r) b with r = |beta| / (|beta| + |gamma|)."""
+def _with_bias(beta: Tensor, whole: Tensor, bias: Tensor | float | None, share: Tensor) -> Split:
+    """beta + r b with r = |beta| / (|beta| + |gamma|); gamma gets the rest of b."""
     if bias is None:
-        return _split(beta, gamma, share)
+        return _split(beta, whole, share)
     own = beta.abs()
-    ratio = (own + EPSILON * _per_row(share, beta)) / (own + gamma.abs() + EPSILON)
-    part = ratio * bias
-    return _split(beta + part, gamma + (bias - part), share)
+    both = (whole - beta).abs_().add_(own).add_(EPSILON)
+    ratio = own.add_(EPSILON * _per_row(share, whole)).div_(both)
+    return _split((ratio * bias).add_(beta), whole + bias, share)
 
 
-def _each(function: Callable[..., Any], x: Split, *args: Any, **kwargs: Any) -> Any:
-    """Linear functions without a constant, and changes of shape: applied to both parts."""
+def _both(function: Callable[..., Any], x: Split, *args: Any, **kwargs: Any) -> Any:
+    """Linear functions without a constant, changes of shape, and activations with f(0) = 0.
+
+    For these gamma, the difference, is f(gamma), the same reshaped, and f(beta + gamma) - f(beta).
+    """
+    kwargs.pop("inplace", None)
     _alone(x, *args)
-    beta, gamma = function(x.beta, *args, **kwargs), function(x.gamma, *args, **kwargs)
-    if isinstance(beta, Tensor):
-        return _split(beta, gamma, x.share)
-    return tuple(_split(*parts, x.share) for parts in zip(beta, gamma, strict=True))
+    beta, whole = function(x.beta, *args, **kwargs), function(x.whole, *args, **kwargs)
+    if isinstance(whole, Tensor):
+        return _split(beta, whole, x.share)
+    return tuple(_split(*parts, x.share) for parts in zip(beta, whole, strict=True))
+
+
+def _contiguous(function: Any, x: Split, **kwargs: Any) -> Split:
+    return x
+
+
+def _view(function: Any, x: Split, *shape: Any) -> Split:
+    return _both(Tensor.reshape, x, *shape)
 
 
 def _pad(
@@ -259,7 +278,7 @@ def _pad(
 ) -> Split:
     if value:
         raise HarmonizeError(f"contextual decomposition pads with zeros, not with {value}")
-    return _each(function, x, pad, mode)
+    return _both(function, x, pad, mode)
 
 
 def _weighted(
@@ -267,10 +286,10 @@ def _weighted(
 ) -> Split:
     """Linear layers and convolutions."""
     _alone(x, weight)
-    beta, gamma = (function(part, weight, None, *args, **kwargs) for part in (x.beta, x.gamma))
-    if bias is not None and function is not F.linear:
+    beta, whole = (function(part, weight, None, *args, **kwargs) for part in (x.beta, x.whole))
+    if bias is not None:
         bias = bias.view(-1, *[1] * (weight.ndim - 2))
-    return _with_bias(beta, gamma, bias, x.share)
+    return _with_bias(beta, whole, bias, x.share)
 
 
 def _batch_norm(
@@ -288,8 +307,8 @@ def _batch_norm(
         raise HarmonizeError("contextual decomposition needs BatchNorm's running statistics: put it in eval mode")
     scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
     offset = (0 if bias is None else bias) - mean * scale
-    shape = (-1, *[1] * (x.beta.ndim - 2))
-    return _with_bias(x.beta * scale.view(shape), x.gamma * scale.view(shape), offset.view(shape), x.share)
+    scale, offset = (value.view(-1, *[1] * (x.whole.ndim - 2)) for value in (scale, offset))
+    return _with_bias(x.beta * scale, x.whole * scale, offset, x.share)
 
 
 def _layer_norm(
@@ -302,54 +321,41 @@ def _layer_norm(
 ) -> Split:
     """Each part minus its own mean, over the deviation of the full pass."""
     axes = tuple(range(-len(normalized_shape), 0))
-    scale = ((x.beta + x.gamma).var(axes, correction=0, keepdim=True) + eps).rsqrt()
-    beta, gamma = ((part - part.mean(axes, keepdim=True)) * scale for part in (x.beta, x.gamma))
-    if weight is not None:
-        beta, gamma = beta * weight, gamma * weight
-    return _with_bias(beta, gamma, bias, x.share)
+    scale = (x.whole.var(axes, correction=0, keepdim=True) + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    beta, whole = ((part - part.mean(axes, keepdim=True)) * scale for part in (x.beta, x.whole))
+    return _with_bias(beta, whole, bias, x.share)
 
 
 def _max_pool(function: Callable[..., Any], x: Split, *args: Any, return_indices: bool = False, **kwargs: Any) -> Split:
     """Both parts at the place where their sum is largest."""
-    _, index = function(x.beta + x.gamma, *args, **kwargs, return_indices=True)
-    beta, gamma = (part.flatten(2).gather(2, index.flatten(2)).view_as(index) for part in (x.beta, x.gamma))
-    return _split(beta, gamma, x.share)
-
-
-def _activation(function: Callable[..., Tensor], x: Split, *args: Any, **kwargs: Any) -> Split:
-    """f(beta), and f(beta + gamma) - f(beta): functions with f(0) = 0."""
-    kwargs.pop("inplace", None)
-    _alone(x, *args)
-    beta = function(x.beta, *args, **kwargs)
-    return _split(beta, function(x.beta + x.gamma, *args, **kwargs) - beta, x.share)
+    whole, index = function(x.whole, *args, **kwargs, return_indices=True)
+    beta = x.beta.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+    return _split(beta, whole, x.share)
 
 
 def _sigmoidal(function: Callable[..., Tensor], x: Split, *args: Any, **kwargs: Any) -> Split:
     """Each part's effect, averaged over whether the other is there; f(0) is a bias."""
     kwargs.pop("inplace", None)
-    zero = function(torch.zeros_like(x.beta[:1]), *args, **kwargs)
-    beta, gamma, both = (function(part, *args, **kwargs) for part in (x.beta, x.gamma, x.beta + x.gamma))
-    return _with_bias((beta - zero + both - gamma) / 2, (gamma - zero + both - beta) / 2, zero, x.share)
+    zero = function(torch.zeros_like(x.whole[:1]), *args, **kwargs)
+    beta, gamma, whole = (function(part, *args, **kwargs) for part in (x.beta, x.whole - x.beta, x.whole))
+    return _with_bias((beta - zero + whole - gamma) / 2, whole - zero, zero, x.share)
 
 
 def _softmax(function: Callable[..., Tensor], x: Split, *args: Any, **kwargs: Any) -> Tensor:
-    return function(x.beta + x.gamma, *args, **kwargs)
+    return function(x.whole, *args, **kwargs)
 
 
 def _attention(
-    function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    function: Any, query: Any, key: Any, value: Any, attn_mask: Tensor | None = None, dropout_p: float = 0, **kwargs: Any
 ) -> Split:
     """The weights of the full pass mix both parts of the values."""
-    if kwargs.get("dropout_p", 0):
-        raise HarmonizeError("contextual decomposition needs attention without dropout: call model.eval() first")
-    _alone(value, *args, *kwargs.values())  # type: ignore[arg-type]
-    query, key = _whole(query), _whole(key)
-    beta, gamma = (function(query, key, part, *args, **kwargs) for part in (value.beta, value.gamma))  # type: ignore[attr-defined]
-    return _split(beta, gamma, value.share)  # type: ignore[attr-defined]
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x.beta + x.gamma if isinstance(x, Split) else x
+    if dropout_p or kwargs.get("is_causal") or kwargs.get("enable_gqa"):
+        raise HarmonizeError("contextual decomposition has no rule for attention with dropout, causal or grouped")
+    query, key = (part.whole if isinstance(part, Split) else part for part in (query, key))
+    scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+    scores = query * scale @ key.transpose(-2, -1)
+    return _product(torch.matmul, (scores if attn_mask is None else scores + attn_mask).softmax(-1), value)
 
 
 def _dropout(
@@ -358,16 +364,16 @@ def _dropout(
     """The same units are dropped from both parts."""
     if not training:
         return x
-    kept = function(torch.ones_like(x.beta), p, training)
-    return _split(x.beta * kept, x.gamma * kept, x.share)
+    kept = function(torch.ones_like(x.whole), p, training)
+    return _split(x.beta * kept, x.whole * kept, x.share)
 
 
 def _add(function: Any, a: Any, b: Any, *, alpha: float = 1) -> Split:
     b = b if alpha == 1 else b * alpha
     if isinstance(a, Split) and isinstance(b, Split):
-        return _split(a.beta + b.beta, a.gamma + b.gamma, a.share)
+        return _split(a.beta + b.beta, a.whole + b.whole, a.share)
     split, constant = (a, b) if isinstance(a, Split) else (b, a)
-    return _with_bias(split.beta, split.gamma, constant, split.share)
+    return _with_bias(split.beta, split.whole, constant, split.share)
 
 
 def _subtract(function: Any, a: Any, b: Any, *, alpha: float = 1) -> Split:
@@ -379,51 +385,43 @@ def _subtract_from(function: Any, a: Any, b: Any) -> Split:
 
 
 def _product(function: Callable[..., Tensor], a: Any, b: Any) -> Split:
-    """Bilinear functions; the mixed terms of two splits go to both in equal parts."""
+    """Bilinear functions; the mixed terms of two splits go to both parts equally."""
     if isinstance(a, Split) and isinstance(b, Split):
-        whole_a, whole_b = _whole(a), _whole(b)
-        beta, gamma = (
-            (function(part_a, whole_b) + function(whole_a, part_b)) / 2
-            for part_a, part_b in ((a.beta, b.beta), (a.gamma, b.gamma))
-        )
-        return _split(beta, gamma, a.share)
+        beta = (function(a.beta, b.whole) + function(a.whole, b.beta)) / 2
+        return _split(beta, function(a.whole, b.whole), a.share)
     if isinstance(a, Split):
-        return _split(function(a.beta, b), function(a.gamma, b), a.share)
-    return _split(function(a, b.beta), function(a, b.gamma), b.share)
+        return _split(function(a.beta, b), function(a.whole, b), a.share)
+    return _split(function(a, b.beta), function(a, b.whole), b.share)
 
 
 def _join(function: Callable[..., Tensor], parts: Any, *args: Any, **kwargs: Any) -> Split:
     """Constants among them are biases that meet neither part."""
     share = next(part.share for part in parts if isinstance(part, Split))
-    splits = [
-        part if isinstance(part, Split) else _with_bias(part * 0, part * 0, part, share) for part in parts
-    ]
-    beta, gamma = (function([getattr(split, side) for split in splits], *args, **kwargs) for side in ("beta", "gamma"))
-    return _split(beta, gamma, share)
+    splits = [x if isinstance(x, Split) else _split(_per_row(share, x) * x, x, share) for x in parts]
+    beta, whole = (function([getattr(split, side) for split in splits], *args, **kwargs) for side in ("beta", "whole"))
+    return _split(beta, whole, share)
 
 
-METADATA = set("shape ndim dtype device layout is_cuda size dim numel stride is_contiguous is_floating_point".split()) | {
-    "__len__",
-    "requires_grad",
-}
+METADATA = set(["shape", "ndim", "dtype", "device", "layout", "is_cuda", "size", "dim", "numel", "is_floating_point", "__len__", "requires_grad"])
 LINEAR = (
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate mean sum "
-    "flatten unflatten reshape view permute transpose t T mT movedim squeeze unsqueeze expand getitem unbind chunk split "
-    "roll contiguous clone to float double neg div truediv narrow select pixel_shuffle pixel_unshuffle"
+    "flatten unflatten reshape permute transpose t T mT movedim squeeze unsqueeze expand getitem unbind chunk split "
+    "roll clone to float double neg div truediv narrow select pixel_shuffle pixel_unshuffle"
 )
-ACTIVATIONS = "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardtanh"
+ACTIVATIONS = "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardtanh"  # 0 at 0
 RULES: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(LINEAR.split(), _each),
-    **dict.fromkeys(ACTIVATIONS.split(), _activation),
-    **dict.fromkeys("sigmoid tanh hardsigmoid".split(), _sigmoidal),
-    **dict.fromkeys("linear conv1d conv2d conv3d".split(), _weighted),
-    **dict.fromkeys("max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d".split(), _max_pool),
-    **dict.fromkeys("dropout dropout1d dropout2d dropout3d".split(), _dropout),
-    **dict.fromkeys("add radd iadd".split(), _add),
-    **dict.fromkeys("sub subtract".split(), _subtract),
-    **dict.fromkeys("mul multiply matmul bmm".split(), _product),
-    **dict.fromkeys("cat concat stack".split(), _join),
+    **dict.fromkeys(f"{LINEAR} {ACTIVATIONS}".split(), _both),
+    **dict.fromkeys(["sigmoid", "tanh", "hardsigmoid"], _sigmoidal),
+    **dict.fromkeys(["linear", "conv1d", "conv2d", "conv3d"], _weighted),
+    **dict.fromkeys(["max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"], _max_pool),
+    **dict.fromkeys(["dropout", "dropout1d", "dropout2d", "dropout3d"], _dropout),
+    **dict.fromkeys(["add", "radd", "iadd"], _add),
+    **dict.fromkeys(["sub", "subtract"], _subtract),
+    **dict.fromkeys(["mul", "multiply", "matmul", "bmm"], _product),
+    **dict.fromkeys(["cat", "concat", "stack"], _join),
     "rsub": _subtract_from,
+    "contiguous": _contiguous,
+    "view": _view,
     "pad": _pad,
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
