@@ -44,6 +44,8 @@ def _negative(i: Interval) -> str:
 SIGN = "reproduced: the 95 % interval lies {side} 0; partly: only the mean does; else not reproduced"
 KADIR = "Kadir et al. 2023"
 PROJECT = "this project's question"
+SINGH = "Singh, Ha, Yu 2021"
+ERION = "Erion et al. 2021"
 
 CLAIMS: dict[str, Claim] = {
     "transfer": Claim(
@@ -115,6 +117,90 @@ CLAIMS: dict[str, Claim] = {
         "relevance rank against the object mask: best method minus the best of center, edges and random",
         SIGN.format(side="above"),
         _positive,
+    ),
+    "cdep_color": Claim(
+        SINGH,
+        "On ColorMNIST CDEP regains accuracy (31.0 %; 25.1 %, 34.25 % in its code), RRR and no penalty stay at 0.2 %",
+        "color digits turned around, λ by shifted validation: better CDEP penalty minus best of RRR, EG, none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_color_unknown": Claim(
+        ERION,
+        "On ColorMNIST CDEP wins (SI B)",
+        "color digits turned around, λ by unshifted validation: better CDEP penalty minus best of RRR, EG, none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_decoy": Claim(
+        SINGH,
+        "On DecoyMNIST CDEP reaches 97.2 % (RRR 99.0 %)",
+        "decoy digits turned around, λ by shifted validation: better CDEP penalty minus none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_decoy": Claim(
+        ERION,
+        "On DecoyMNIST EG and RRR win over CDEP (SI B)",
+        "decoy digits turned around, λ by shifted validation: worse of EG and RRR minus better CDEP penalty",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_decoy_unknown": Claim(
+        ERION,
+        "On DecoyMNIST EG and RRR win over CDEP (SI B)",
+        "decoy digits turned around, λ by unshifted validation: worse of EG and RRR minus better CDEP penalty",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_cost": Claim(
+        ERION,
+        "EG and RRR are faster than CDEP (SI B, a whole VGG16)",
+        "processor time of a training step in ms, decoy digits: faster CDEP penalty minus slower of EG and RRR",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "trim_recovery": Claim(
+        SINGH,
+        "TRIM finds the coefficient of a transform that a response depends on (simulation; no number given)",
+        "share of simulations in which that coefficient ranks first, the worst of all transforms and methods",
+        "reproduced: the 95 % interval lies above 0.9; partly: above 0.5; else not reproduced",
+        _above(0.9, 0.5),
+    ),
+    "awd_recovery": Claim(
+        PROJECT,
+        "Wavelet distillation recovers the wavelet the data were made with",
+        "cosine to the generating filter after the best shift and sign, over wavelets and seeds",
+        "reproduced: the 95 % interval lies above 0.95; partly: above 0.9; else not reproduced",
+        _above(0.95, 0.9),
+    ),
+    "awd_over_db5": Claim(
+        SINGH,
+        "AWD predicts better than a fixed db5 (R² 0.262 against 0.197, clathrin)",
+        "simulated signals, R² of least squares on peaks: AWD minus db5",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_over_teacher": Claim(
+        SINGH,
+        "AWD predicts better than the network it was distilled from (R² 0.262 against 0.237, clathrin)",
+        "simulated signals, R²: least squares on AWD's peaks minus the teacher",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_interpretation": Claim(
+        SINGH,
+        "Without the interpretation loss AWD predicts worse (R² 0.231 against 0.262, clathrin)",
+        "simulated signals, R² of least squares on peaks: AWD minus the same without the interpretation loss",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_compression": Claim(
+        SINGH,
+        "AWD compresses better than db5 (0.574 against 0.704, clathrin)",
+        "simulated signals, share of coefficients that hold 95 % of the energy: AWD minus db5",
+        SIGN.format(side="below"),
+        _negative,
     ),
 }
 

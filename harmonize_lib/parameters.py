@@ -120,13 +120,56 @@ class FeatureDetectors(Study):
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 
 
-NOTEBOOKS: dict[str, type[Parameters]] = {
+class Simulation(BaseModel):
+    """A notebook that makes its own data and trains its own networks."""
+
+    model_config = Parameters.model_config
+
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    output: str = Field("", description="folder for the figures, empty for the one of the repository")
+
+
+class ExplanationPenalties(Simulation):
+    """Notebook 11."""
+
+    digits: str = Field("digits", description="digits (scikit-learn's, bundled) or mnist:DIR")
+    n_train: int = Field(1000, ge=100, le=50_000, description="training images")
+    n_test: int = Field(397, ge=50, le=10_000, description="test images")
+    n_validation: int = Field(200, ge=50, le=10_000, description="images of each of the two validation sets")
+    seeds: int = Field(5, ge=2, le=100, description="networks per penalty and strength")
+    epochs: int = Field(10, ge=1, le=1000, description="passes over the training images")
+    batch_size: int = Field(50, ge=2, le=1000, description="images per step")
+    strengths: list[float] = Field(
+        [0.01, 0.1, 1.0, 10.0, 100.0], min_length=2, description="weights of the penalties that are tried"
+    )
+    tolerance: float = Field(0.02, ge=0, le=1, description="unshifted validation accuracy a penalty may cost")
+    n_shown: int = Field(4, ge=1, le=8, description="images in the galleries of maps")
+
+
+class Transformations(Simulation):
+    """Notebook 12."""
+
+    simulations: int = Field(100, ge=2, le=10_000, description="knock-out simulations per transform")
+    training_steps: int = Field(300, ge=10, le=100_000, description="training steps of the knock-out networks")
+    wavelets: list[str] = Field(
+        ["coif1", "db3", "sym4"], min_length=1, description="generating wavelets, at most 10 taps"
+    )
+    seeds: int = Field(5, ge=2, le=100, description="data sets and teachers per wavelet")
+    n_signals: int = Field(500, ge=64, le=100_000, description="training signals of a teacher, as many for testing")
+    steps: int = Field(1000, ge=10, le=100_000, description="steps of the distillation")
+    sparsity: float = Field(0.02, ge=0, description="weight of the coefficients' L1 norm")
+    interpretation: float = Field(0.1, ge=0, description="weight of their importance's L1 norm")
+
+
+NOTEBOOKS: dict[str, type[BaseModel]] = {
     "01_data_and_models": DataAndModels,
     "02_attribution_extraction": AttributionExtraction,
     "03_feature_images": FeatureImages,
     "04_cross_architecture_transfer": Transfer,
     "05_harmonisation": Harmonization,
     "06_feature_detectors": FeatureDetectors,
+    "11_explanation_penalties": ExplanationPenalties,
+    "12_transformations_and_wavelets": Transformations,
 }
 
 
@@ -193,7 +236,7 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def _integers_as_floats(kind: type[Parameters], name: str, value: Any) -> Any:
+def _integers_as_floats(kind: type[BaseModel], name: str, value: Any) -> Any:
     """A whole number is a fine float: JSON and YAML write 1.0 as 1."""
     default = kind.model_fields[name].default
     if isinstance(default, float) and type(value) is int:

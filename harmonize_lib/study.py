@@ -42,9 +42,9 @@ class Run:
     settings : Any
         Its checked parameters.
     dataset : Dataset
-        The images explained.
+        The images explained; None for a notebook that makes its own.
     models : dict[str, Model]
-        The models compared, by name: the spec without its settings.
+        The models compared, by name: the spec without its settings; empty for a notebook that trains its own.
     folder : Path
         Where its figures go.
     started : float
@@ -80,18 +80,18 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
         A parameter, data set or model that will not do.
     """
     settings = parameters.check(notebook, values)
-    for method in settings.methods:
+    for method in getattr(settings, "methods", ()):
         if method not in METHODS:
             raise unknown("method", method, METHODS)
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
-    dataset = load_dataset(settings.dataset, "test", settings.n_images)
-    loaded = [load_model(spec, device=settings.device) for spec in settings.models]
+    dataset = load_dataset(settings.dataset, "test", settings.n_images) if hasattr(settings, "dataset") else None
+    loaded = [load_model(spec, device=settings.device) for spec in getattr(settings, "models", ())]
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
         raise HarmonizeError(f"models name the same network twice: {', '.join(model.name for model in loaded)}"[:200])
-    return Run(notebook, settings, dataset, models, figures / notebook, started)
+    return Run(notebook, settings, dataset, models, figures / notebook, started)  # type: ignore[arg-type]
 
 
 def second_seed(name: str) -> str | None:
@@ -420,7 +420,9 @@ def save(run: Run, figure: Figure, table: pd.DataFrame, name: str) -> None:
         Its name.
     """
     weights = {key: model.weights_hash for key, model in run.models.items()}
-    values = run.settings.model_dump(exclude={"output"}) | {"models": list(run.models), "dataset": run.dataset.name}
+    values = run.settings.model_dump(exclude={"output"})
+    if run.dataset is not None:
+        values |= {"models": list(run.models), "dataset": run.dataset.name}
     plots.save_figure(figure, table, run.folder, name, values, weights, time.monotonic() - run.started)
 
 
