@@ -12,7 +12,7 @@ from torch.overrides import resolve_name
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.tasks import Result, Task, check_numbers, logits_of, pick, prepare
 
-EPSILON = 1e-20  # what decides the split of a bias where neither part has a say
+EPSILON = 1e-30  # keeps the gradient of 0/0 finite
 
 
 def contextual_decomposition(model: nn.Module, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,8 +247,8 @@ def _with_bias(beta: Tensor, whole: Tensor, bias: Tensor | float | None, share: 
     if bias is None:
         return _split(beta, whole, share)
     own = beta.abs()
-    both = (whole - beta).abs_().add_(own).add_(EPSILON)
-    ratio = own.add_(EPSILON * _per_row(share, whole)).div_(both)
+    both = (whole - beta).abs_().add_(own)
+    ratio = torch.where(both == 0, _per_row(share, whole), own / (both + EPSILON))
     return _split((ratio * bias).add_(beta), whole + bias, share)
 
 
@@ -347,7 +347,13 @@ def _softmax(function: Callable[..., Tensor], x: Split, *args: Any, **kwargs: An
 
 
 def _attention(
-    function: Any, query: Any, key: Any, value: Any, attn_mask: Tensor | None = None, dropout_p: float = 0, **kwargs: Any
+    function: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0,
+    **kwargs: Any,
 ) -> Split:
     """The weights of the full pass mix both parts of the values."""
     if dropout_p or kwargs.get("is_causal") or kwargs.get("enable_gqa"):
@@ -402,23 +408,27 @@ def _join(function: Callable[..., Tensor], parts: Any, *args: Any, **kwargs: Any
     return _split(beta, whole, share)
 
 
-METADATA = set(["shape", "ndim", "dtype", "device", "layout", "is_cuda", "size", "dim", "numel", "is_floating_point", "__len__", "requires_grad"])
+METADATA = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "size", "dim", "numel", "is_floating_point")
+METADATA += ("__len__", "requires_grad")
+POOLING = tuple(f"{kind}_pool{axes}d" for kind in ("avg", "adaptive_avg", "max", "adaptive_max") for axes in (1, 2, 3))
 LINEAR = (
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate mean sum "
-    "flatten unflatten reshape permute transpose t T mT movedim squeeze unsqueeze expand getitem unbind chunk split "
-    "roll clone to float double neg div truediv narrow select pixel_shuffle pixel_unshuffle"
+    *(name for name in POOLING if "avg" in name),
+    *("interpolate", "mean", "sum", "neg", "div", "truediv", "clone", "to", "float", "double"),
+    *("flatten", "unflatten", "reshape", "permute", "transpose", "t", "T", "mT", "movedim", "squeeze", "unsqueeze"),
+    *("expand", "getitem", "select", "narrow", "unbind", "chunk", "split", "roll", "pixel_shuffle", "pixel_unshuffle"),
 )
-ACTIVATIONS = "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardtanh"  # 0 at 0
+VANISHING = ("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish")
+VANISHING += ("hardtanh",)  # ReLU6 in its general form; all of them are 0 at 0
 RULES: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(f"{LINEAR} {ACTIVATIONS}".split(), _both),
-    **dict.fromkeys(["sigmoid", "tanh", "hardsigmoid"], _sigmoidal),
-    **dict.fromkeys(["linear", "conv1d", "conv2d", "conv3d"], _weighted),
-    **dict.fromkeys(["max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"], _max_pool),
-    **dict.fromkeys(["dropout", "dropout1d", "dropout2d", "dropout3d"], _dropout),
-    **dict.fromkeys(["add", "radd", "iadd"], _add),
-    **dict.fromkeys(["sub", "subtract"], _subtract),
-    **dict.fromkeys(["mul", "multiply", "matmul", "bmm"], _product),
-    **dict.fromkeys(["cat", "concat", "stack"], _join),
+    **dict.fromkeys(LINEAR + VANISHING, _both),
+    **dict.fromkeys(("sigmoid", "tanh", "hardsigmoid"), _sigmoidal),
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d"), _weighted),
+    **dict.fromkeys((name for name in POOLING if "max" in name), _max_pool),
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _dropout),
+    **dict.fromkeys(("add", "radd", "iadd"), _add),
+    **dict.fromkeys(("sub", "subtract"), _subtract),
+    **dict.fromkeys(("mul", "multiply", "matmul", "bmm"), _product),
+    **dict.fromkeys(("cat", "concat", "stack"), _join),
     "rsub": _subtract_from,
     "contiguous": _contiguous,
     "view": _view,
