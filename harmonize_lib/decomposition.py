@@ -12,7 +12,7 @@ from torch.overrides import resolve_name
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.tasks import Result, Task, check_numbers, logits_of, pick, prepare
 
-EPSILON = 1e-30  # keeps the gradient of 0/0 finite
+EPSILON = 1e-30  # makes 0/0 zero, with a finite gradient; lost in rounding elsewhere
 
 
 def contextual_decomposition(model: nn.Module, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,14 +48,18 @@ def contextual_decomposition(model: nn.Module, images: Tensor, masks: Tensor) ->
     Notes
     -----
     Beyond the papers. BatchNorm (running statistics) is affine and follows the linear rule. GELU, SiLU and other
-    activations that vanish at 0 follow the rule of ReLU. Where a bias meets neither part (0/0) it is split by the
-    group's share of the input's magnitude, instead of in halves: the whole image then leaves gamma = 0 and the empty
-    group beta = 0, exactly.
+    activations that vanish at 0 follow the rule of ReLU. A bias that meets neither part (0/0) is the rest's, as in
+    ACD's code for BatchNorm, instead of half the group's: the empty group then has beta = 0, exactly. A group that
+    leaves no rest has all of the logits.
+
+    Every rule keeps the sum, so gamma is carried as what the full pass leaves beside beta; carrying it apart by its
+    own rule gives the same (the tests do both).
 
     This project's extension, in no paper of the source: LayerNorm's mean is taken of each part and its variance is
     that of the full pass; a product of two parts shares the mixed term equally (squeeze-and-excite gates, queries
-    times keys); softmax gives the weights of the full pass, so attention mixes both parts alike; constants that
-    are added or joined (position embedding, class token) are biases.
+    times keys); softmax gives the weights of the full pass, so attention mixes both parts alike; constants that are
+    added (position embedding) are biases; those that are joined (class token) are shared out by the group's part of
+    the input's magnitude.
     """
     x = prepare(model, images)
     if masks.dtype != torch.bool or masks.shape != (len(x), *x.shape[2:]):
@@ -97,7 +101,8 @@ def _through(model: nn.Module, beta: Tensor, gamma: Tensor, whole: Tensor) -> tu
     logits = model(_split(beta, whole, torch.where(own + rest > 0, own / (own + rest), 0.5)))
     if not isinstance(logits, Split):
         raise HarmonizeError("contextual decomposition lost the input: the logits depend on it by a softmax alone")
-    return logits.beta, logits.whole
+    alone = ((own > 0) & (rest == 0)).view(-1, *[1] * (logits.whole.ndim - 1))
+    return torch.where(alone, logits.whole, logits.beta), logits.whole
 
 
 def patch_groups(height: int, width: int, patch: int) -> Tensor:
@@ -233,23 +238,14 @@ def _alone(x: Any, *others: Any) -> None:
         raise HarmonizeError("contextual decomposition has no rule for weights that depend on the image")
 
 
-def _per_row(share: Tensor, value: Tensor) -> Tensor:
-    """Share of the image each row of ``value`` came from; an image's rows (its windows, say) lie together."""
-    repeats, left = divmod(len(value), len(share))
-    if left:
-        shape = tuple(value.shape)
-        raise HarmonizeError(f"contextual decomposition needs images along the first axis, not {shape}")
-    return share.repeat_interleave(repeats).view(-1, *[1] * (value.ndim - 1))
-
-
 def _with_bias(beta: Tensor, whole: Tensor, bias: Tensor | float | None, share: Tensor) -> Split:
-    """beta + r b with r = |beta| / (|beta| + |gamma|); gamma gets the rest of b."""
+    """beta + r b with r = |beta| / (|beta| + |gamma|), 0 at 0/0; gamma gets the rest of b."""
     if bias is None:
         return _split(beta, whole, share)
     own = beta.abs()
-    both = (whole - beta).abs_().add_(own)
-    ratio = torch.where(both == 0, _per_row(share, whole), own / (both + EPSILON))
-    return _split((ratio * bias).add_(beta), whole + bias, share)
+    ratio = own.div_((whole + EPSILON - beta).abs_().add_(own))
+    bias = torch.as_tensor(bias, dtype=whole.dtype, device=whole.device)
+    return _split(torch.addcmul(beta, ratio, bias), whole + bias, share)
 
 
 def _both(function: Callable[..., Any], x: Split, *args: Any, **kwargs: Any) -> Any:
@@ -263,6 +259,13 @@ def _both(function: Callable[..., Any], x: Split, *args: Any, **kwargs: Any) -> 
     if isinstance(whole, Tensor):
         return _split(beta, whole, x.share)
     return tuple(_split(*parts, x.share) for parts in zip(beta, whole, strict=True))
+
+
+def _adaptive_average(function: Callable[..., Tensor], x: Split, size: Any) -> Split:
+    """As a mean where one value is left: vmap has no fast way for the other."""
+    if all(side == 1 for side in (size if isinstance(size, list | tuple) else [size])):
+        return _both(torch.mean, x, (-2, -1), keepdim=True)
+    return _both(function, x, size)
 
 
 def _contiguous(function: Any, x: Split, **kwargs: Any) -> Split:
@@ -401,9 +404,9 @@ def _product(function: Callable[..., Tensor], a: Any, b: Any) -> Split:
 
 
 def _join(function: Callable[..., Tensor], parts: Any, *args: Any, **kwargs: Any) -> Split:
-    """Constants among them are biases that meet neither part."""
+    """Constants among them are shared out like the input."""
     share = next(part.share for part in parts if isinstance(part, Split))
-    splits = [x if isinstance(x, Split) else _split(_per_row(share, x) * x, x, share) for x in parts]
+    splits = [x if isinstance(x, Split) else _split(share.view(-1, *[1] * (x.ndim - 1)) * x, x, share) for x in parts]
     beta, whole = (function([getattr(split, side) for split in splits], *args, **kwargs) for side in ("beta", "whole"))
     return _split(beta, whole, share)
 
@@ -429,6 +432,7 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("sub", "subtract"), _subtract),
     **dict.fromkeys(("mul", "multiply", "matmul", "bmm"), _product),
     **dict.fromkeys(("cat", "concat", "stack"), _join),
+    "adaptive_avg_pool2d": _adaptive_average,
     "rsub": _subtract_from,
     "contiguous": _contiguous,
     "view": _view,

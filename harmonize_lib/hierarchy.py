@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -283,65 +283,54 @@ def _grow(shape: tuple[int, int], percentile: float, rounds: int) -> Growth:
     return Hierarchy(np.stack(groups), np.array(scores), np.array(levels), tuple(children), entered)
 
 
-def draw_hierarchies(trees: list[Hierarchy], images: Tensor, titles: list[str], names: list[str]) -> Figure:
-    """Trees side by side: first groups at the bottom, merged ones above, what a group leaves out is faded.
+def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequence[str]) -> Figure:
+    """Trees two by two: first groups at the bottom, merged ones above; a group is outlined, what it leaves out faded.
 
-    A chain of growth shows as its first and its last group.
+    A chain of growth shows as its first and its last group. The frame's color and the number below are the score.
 
     Parameters
     ----------
-    trees : list[Hierarchy]
+    trees : Sequence[Hierarchy]
         One per image.
     images : Tensor
         (N, C, H, W) uint8.
-    titles : list[str]
+    titles : Sequence[str]
         Above each tree.
-    names : list[str]
-        Name of the class explained, one per tree.
 
     Returns
     -------
     Figure
-        The figure; under each group stands its score in logits.
+        The figure.
     """
     shown = [_shown(tree) for tree in trees]
-    widths = [max(2, sum(not below for below in links.values())) for links in shown]
-    columns = min(2, len(trees))
-    rows = -(-len(trees) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(7.4, 2.9 * rows), squeeze=False)
+    places = [_places(links) for links in shown]
+    tops = [max(y for _, y in place.values()) for place in places]
+    heights = [max(tops[i : i + 2]) + 1.4 for i in range(0, len(trees), 2)]
+    figure, axes = plt.subplots(
+        len(heights), 2, figsize=(7.4, 0.6 * sum(heights) + 0.3 * len(heights)), height_ratios=heights, squeeze=False
+    )
     for ax in axes.flat[len(trees) :]:
         ax.set_visible(False)
-    limit = max(float(np.abs(tree.scores).max()) for tree in trees)
     colors = plt.get_cmap("RdBu_r")
-    for ax, tree, links, image, title, name, width in zip(
-        axes.flat, trees, shown, images, titles, names, widths, strict=False
-    ):
-        place = _places(links)
-        top = max(y for _, y in place.values())
-        for node, below in links.items():
-            for child in below:
-                (x, y), (u, v) = place[node], place[child]
-                ax.plot([x, u], [y, v], color="0.6", lw=0.8, zorder=1)
+    for ax, tree, links, place, image, title in zip(axes.flat, trees, shown, places, images, titles, strict=False):
+        limit = float(np.abs(tree.scores).max())
+        width = sum(not below for below in links.values())
+        size = min(1.0, 6 / width)
         for node, (x, y) in place.items():
-            tone = colors(0.5 + 0.5 * tree.scores[node] / limit)
-            zoom = 30 / max(image.shape[1:]) * min(1.0, 6 / width)
-            box = AnnotationBbox(
-                OffsetImage(_faded(image, tree.groups[node]), zoom=zoom, interpolation="nearest"),
-                (x, y),
-                frameon=True,
-                pad=0.15,
-                bboxprops={"edgecolor": tone, "linewidth": 2.2},
-            )
-            ax.add_artist(box)
-            below = (0, -25 * min(1.0, 6 / width))
-            score = f"{tree.scores[node]:+.1f}"
-            ax.annotate(score, (x, y), below, textcoords="offset points", fontsize=6.5, ha="center")
-        ax.set(xlim=(-0.7, width - 0.3), ylim=(-0.7, top + 0.5), xticks=[], yticks=[])
+            for child in links[node]:
+                ax.plot([x, place[child][0]], [y, place[child][1]], color="0.6", lw=0.8, zorder=1)
+            frame = {"edgecolor": colors(0.5 + 0.5 * tree.scores[node] / limit), "linewidth": 2}
+            picture = _outlined(image, tree.groups[node])
+            zoom = 27 * size / len(picture)
+            ax.add_artist(AnnotationBbox(OffsetImage(picture, zoom=zoom), (x, y), pad=0.12, bboxprops=frame))
+            text = f"{tree.scores[node]:+.1f}"
+            beside = {"xytext": (16 * size + 2, 0), "textcoords": "offset points"}
+            ax.annotate(text, (x, y), **beside, fontsize=6, ha="left", va="center")
+        ax.set(xlim=(min(-0.6, width / 2 - 2), max(width - 0.4, width / 2 + 1)), xticks=[], yticks=[])
+        ax.set_ylim(-0.7, heights[list(axes.flat).index(ax) // 2] - 0.7)
         ax.set_title(title, fontsize=7.5)
-        ax.set_xlabel(f"score: contribution to {name}, logits", fontsize=6.5)
         ax.grid(visible=False)
-        for side in ax.spines.values():
-            side.set_visible(False)
+        ax.set_frame_on(False)
     return figure
 
 
@@ -379,10 +368,14 @@ def _places(links: dict[int, tuple[int, ...]]) -> dict[int, tuple[float, float]]
     return place
 
 
-def _faded(image: Tensor, group: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(H, W, 3) in [0, 1]: pixels outside the group fade into white."""
+def _outlined(image: Tensor, group: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(rows, columns, 3) in [0, 1], enlarged: the group's border in orange, pixels outside it fade into white."""
     pixels = image.permute(1, 2, 0).cpu().numpy() / 255
     pixels = np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels
     side = [-(-pixels.shape[axis] // group.shape[axis]) for axis in (0, 1)]
-    inside = group.repeat(side[0], 0).repeat(side[1], 1)[: pixels.shape[0], : pixels.shape[1], None]
-    return np.where(inside, pixels, 0.78 + 0.22 * pixels)
+    inside = group.repeat(side[0], 0).repeat(side[1], 1)[: pixels.shape[0], : pixels.shape[1]]
+    scale = max(1, 192 // len(pixels))
+    pixels, inside = (value.repeat(scale, 0).repeat(scale, 1) for value in (pixels, inside))
+    border = inside & ~ndimage.binary_erosion(inside, iterations=max(1, len(pixels) // 48))
+    faded = np.where(inside[..., None], pixels, 0.65 + 0.35 * pixels)
+    return np.where(border[..., None], np.array([0.84, 0.37, 0.0]), faded)

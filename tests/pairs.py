@@ -26,14 +26,11 @@ def pair(beta: Tensor, gamma: Tensor, share: Tensor) -> Pair:
     return both
 
 
-def split_bias(beta: Tensor, gamma: Tensor, bias: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """ACD, equations 5 and 6; where both parts are 0 the bias goes by the group's share of the input."""
-    repeats = len(beta) // len(share)
-    shares = torch.stack([share[row // repeats] for row in range(len(beta))])
-    shares = shares.view(-1, *[1] * (beta.ndim - 1)).expand_as(beta)
+def split_bias(beta: Tensor, gamma: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """ACD, equations 5 and 6; where both parts are 0 the bias is the rest's."""
     total = beta.abs() + gamma.abs()
-    own = torch.where(total > 0, beta.abs() / total, shares)
-    rest = torch.where(total > 0, gamma.abs() / total, 1 - shares)
+    own = torch.where(total > 0, beta.abs() / total, 0)
+    rest = torch.where(total > 0, gamma.abs() / total, 1)
     return beta + own * bias, gamma + rest * bias
 
 
@@ -48,17 +45,17 @@ def propagate(name: str, function: Any, args: Any, kwargs: Any) -> Any:
         bias = args[2]
         b, c = (function(part, args[1], None, *args[3:]) for part in (b, c))
         if bias is not None:
-            b, c = split_bias(b, c, bias if name == "linear" else bias.view(1, -1, 1, 1), share)
+            b, c = split_bias(b, c, bias if name == "linear" else bias.view(1, -1, 1, 1))
         return pair(b, c, share)
     if name == "batch_norm":  # code of ACD: the bias is BN(0)
         weights = {key: kwargs[key] for key in ("weight", "bias", "eps")}
         normalize = [F.batch_norm(part, *args[1:3], **weights) for part in (b, c, torch.zeros_like(b))]
-        return pair(*split_bias(normalize[0] - normalize[2], normalize[1] - normalize[2], normalize[2], share), share)
+        return pair(*split_bias(normalize[0] - normalize[2], normalize[1] - normalize[2], normalize[2]), share)
     if name == "layer_norm":
         weight, bias, eps = args[2:] if len(args) > 3 else (kwargs["weight"], kwargs["bias"], kwargs["eps"])
         deviation = ((b + c).var(-1, correction=0, keepdim=True) + eps).sqrt()
         b, c = (weight * (part - part.mean(-1, keepdim=True)) / deviation for part in (b, c))
-        return pair(*split_bias(b, c, bias, share), share)
+        return pair(*split_bias(b, c, bias), share)
     if name in ("relu", "gelu", "silu", "hardtanh", "hardswish"):
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         return pair(
@@ -70,7 +67,7 @@ def propagate(name: str, function: Any, args: Any, kwargs: Any) -> Any:
         zero = function(torch.zeros_like(b))
         own = (function(b) - zero + function(b + c) - function(c)) / 2
         rest = (function(c) - zero + function(b + c) - function(b)) / 2
-        return pair(*split_bias(own, rest, zero, share), share)
+        return pair(*split_bias(own, rest, zero), share)
     if name in ("max_pool2d", "adaptive_max_pool2d"):
         _, index = function(b + c, *args[1:], **{**kwargs, "return_indices": True})
         b, c = (part.flatten(2).gather(2, index.flatten(2)).view_as(index) for part in (b, c))
@@ -103,7 +100,7 @@ def add(function: Any, a: Any, b: Any) -> Pair:
     if isinstance(a, Pair) and isinstance(b, Pair):
         return pair(a.beta + b.beta, a.gamma + b.gamma, a.share)
     a, b = (a, b) if isinstance(a, Pair) else (b, a)
-    return pair(*split_bias(a.beta, a.gamma, b, a.share), a.share)
+    return pair(*split_bias(a.beta, a.gamma, b), a.share)
 
 
 def product(function: Any, a: Any, b: Any) -> Pair:

@@ -108,7 +108,7 @@ def test_convolution_relu_and_pooling_by_hand() -> None:
                 best, want = beta + gamma, (beta, gamma)
     beta, gamma = contextual_decomposition(network, x, mask)
     assert best > 0
-    assert (float(beta), float(gamma)) == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert (float(beta.detach()), float(gamma.detach())) == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
