@@ -120,6 +120,24 @@ class FeatureDetectors(Study):
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 
 
+class Decomposition(Parameters):
+    """Notebook 10."""
+
+    n_images: int = Field(200, ge=10, le=100_000, description="test images, among which wrong predictions are sought")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ARCHITECTURES], min_length=1, description="zoo names, timm tags or python callables"
+    )
+    n_promises: int = Field(20, ge=1, le=100_000, description="images its promises are tested on, at most n_images")
+    n_timed: int = Field(5, ge=2, le=1000, description="paired measurements of cost per model")
+    networks: int = Field(10, ge=2, le=1000, description="networks of each kind with planted interactions")
+    n_inputs: int = Field(32, ge=1, le=10_000, description="inputs of each of these networks")
+    n_stability: int = Field(200, ge=2, le=500, description="digits whose hierarchies are perturbed")
+    strength: float = Field(0.1, gt=0, le=1, description="perturbation of a pixel, images lie in [0, 1]")
+    percentile: float = Field(95.0, ge=0, le=100, description="what a hierarchy takes up in each round")
+    rounds: int = Field(8, ge=0, le=1000, description="rounds of growth in the trees drawn")
+    n_shown: int = Field(2, ge=1, le=6, description="right, and wrong, predictions in the pictures of trees")
+
+
 class Simulation(BaseModel):
     """A notebook that makes its own data and trains its own networks."""
 
@@ -140,7 +158,7 @@ class ExplanationPenalties(Simulation):
     epochs: int = Field(10, ge=1, le=1000, description="passes over the training images")
     batch_size: int = Field(50, ge=2, le=1000, description="images per step")
     strengths: list[float] = Field(
-        [0.01, 0.1, 1.0, 10.0, 100.0], min_length=2, description="weights of the penalties that are tried"
+        [0.1, 1.0, 10.0, 100.0, 1000.0], min_length=2, description="weights of the penalties that are tried"
     )
     tolerance: float = Field(0.02, ge=0, le=1, description="unshifted validation accuracy a penalty may cost")
     n_shown: int = Field(4, ge=1, le=8, description="images in the galleries of maps")
@@ -155,10 +173,10 @@ class Transformations(Simulation):
         ["coif1", "db3", "sym4"], min_length=1, description="generating wavelets, at most 10 taps"
     )
     seeds: int = Field(5, ge=2, le=100, description="data sets and teachers per wavelet")
-    n_signals: int = Field(500, ge=64, le=100_000, description="training signals of a teacher, as many for testing")
+    n_signals: int = Field(1000, ge=64, le=100_000, description="training signals of a teacher, as many for testing")
     steps: int = Field(1000, ge=10, le=100_000, description="steps of the distillation")
-    sparsity: float = Field(0.02, ge=0, description="weight of the coefficients' L1 norm")
-    interpretation: float = Field(0.1, ge=0, description="weight of their importance's L1 norm")
+    sparsity: float = Field(0.005, ge=0, description="weight of the coefficients' L1 norm")
+    interpretation: float = Field(1.0, ge=0, description="weight of their importance's L1 norm")
 
 
 NOTEBOOKS: dict[str, type[BaseModel]] = {
@@ -168,6 +186,7 @@ NOTEBOOKS: dict[str, type[BaseModel]] = {
     "04_cross_architecture_transfer": Transfer,
     "05_harmonisation": Harmonization,
     "06_feature_detectors": FeatureDetectors,
+    "10_decomposition_and_hierarchies": Decomposition,
     "11_explanation_penalties": ExplanationPenalties,
     "12_transformations_and_wavelets": Transformations,
 }

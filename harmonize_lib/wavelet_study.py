@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harmonize_lib import plots
-from harmonize_lib.statistics import Interval, bootstrap_interval, paired_difference
+from harmonize_lib.statistics import bootstrap_interval
 from harmonize_lib.storage import remember
 from harmonize_lib.transformations import (
     METHODS,
@@ -30,21 +25,34 @@ from harmonize_lib.transformations import (
     transform_importance,
     wavelet,
 )
-from harmonize_lib.wavelets import atom, compression, descend, filter_similarity, orthonormalize, peaks, reference_filter, structure
+from harmonize_lib.wavelets import (
+    atom,
+    compression,
+    descend,
+    filter_similarity,
+    orthonormalize,
+    peaks,
+    reference_filter,
+    structure,
+)
 
 VERSION = 1
 LENGTH, TAPS, LEVELS, SCALE = 64, 10, 3, 2  # signals, filters, depth of the transform, the scale that matters
 COMPONENTS, HIDDEN, POINTS = 16, 32, 20
 TEACHER_STEPS = 600
+DENSITY = 0.3  # share of the wavelet's coefficients that are not zero
 ARMS = ("db5", "without interpretation loss", "AWD")
+STRUCTURE = ("sum", "highpass sum", "norm", "spectrum", "even shifts")
+HISTORY = ("reconstruction", "orthonormality", "sparsity", "interpretation")
 TRANSFORMS = ("Fourier", "Wavelet", "PCA", "NMF")
 
 
 def knock_out(simulations: int, steps: int, seed: int) -> pd.DataFrame:
     """Ask in every transformed space which coefficient a network uses that was trained on one of them.
 
-    In a simulation one coefficient s_k of T(x) is drawn, the response is \\|s_k\\| in units of its deviation plus noise,
-    and a network with one hidden layer learns it from x. Its importance is averaged in magnitude over test signals.
+    In a simulation one coefficient s_k of T(x) is drawn, the response is the magnitude of s_k in units of its
+    deviation plus noise, and a network with one hidden layer learns it from x. Its importance is averaged in
+    magnitude over test signals.
 
     Parameters
     ----------
@@ -233,14 +241,18 @@ def simulate(name: str, n: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple[Tensor, Tensor]
-        Signals (S, n, 64): 15 % of the coefficients are normal, the others zero, plus noise of deviation 0.1;
+        Signals (S, n, 64): 30 % of the coefficients are normal, the others zero, plus noise of deviation 0.1;
         responses (S, n): the sum of the three largest coefficients at scale 2 plus noise of half its deviation.
     """
-    lowpass, which = reference_filter(name).float(), scales(LENGTH, LEVELS)
+    lowpass, which = reference_filter(name, TAPS).float(), scales(LENGTH, LEVELS)
     data = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        s = torch.randn(n, LENGTH, generator=generator) * (torch.rand(n, LENGTH, generator=generator) < 0.15) / 0.15**0.5
+        s = (
+            torch.randn(n, LENGTH, generator=generator)
+            * (torch.rand(n, LENGTH, generator=generator) < 0.15)
+            / 0.15**0.5
+        )
         x = idwt(s, lowpass, LEVELS) + 0.1 * torch.randn(n, LENGTH, generator=generator)
         y = s[:, which == SCALE].topk(3, 1).values.sum(1)
         y = (y - y.mean()) / y.std() + 0.5 * torch.randn(n, generator=generator)
@@ -312,7 +324,9 @@ def distillation(
     results = []
     for name in tqdm(names, desc="distillation", mininterval=1):
         key = {"version": VERSION, "wavelet": name, "seeds": seeds, "seed": seed, **options}
-        results.append(remember("distillation", key, partial(_distil, name, list(range(seed, seed + seeds)), **options)))
+        results.append(
+            remember("distillation", key, partial(_distil, name, list(range(seed, seed + seeds)), **options))
+        )
     columns = [column for column in results[0] if column not in ("filters", "history")]
     tables, curves = [], []
     for name, result in zip(names, results, strict=True):
@@ -326,10 +340,6 @@ def distillation(
     history["step"] = history.groupby(["wavelet", "arm", "term"]).cumcount() * 20
     filters = {name: result["filters"] for name, result in zip(names, results, strict=True)}
     return {"table": pd.concat(tables, ignore_index=True), "filters": filters, "history": history}
-
-
-STRUCTURE = ("sum", "highpass sum", "norm", "spectrum", "even shifts")
-HISTORY = ("reconstruction", "orthonormality", "sparsity", "interpretation")
 
 
 def _distil(
@@ -366,6 +376,237 @@ def _distil(
             result["reconstruction_before"][i, place] = _missing(test, before[place][i].double())
             result["orthonormality"][i, place] = float(sum(structure(h).values()))
     return {**result, "filters": filters, "history": torch.stack(histories)}
+
+
+def summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Means over seeds and wavelets.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        ``table`` of :func:`distillation`.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``measure``, ``wavelet``, ``arm``, ``mean``, ``low``, ``high``, ``n``.
+    """
+    rows = []
+    for measure in ("r2", "compression", "similarity"):
+        for group, part in table.groupby(["wavelet", "arm"], sort=False):
+            if part[measure].notna().any():
+                rows.append((measure, *group, *bootstrap_interval(part[measure].to_numpy(), seed)[:4]))
+    return pd.DataFrame(rows, columns=["measure", "wavelet", "arm", "mean", "low", "high", "n"])
+
+
+def measured_claims(recovered: pd.DataFrame, table: pd.DataFrame, seed: int) -> dict[str, Interval]:
+    """What the claims are judged by.
+
+    Parameters
+    ----------
+    recovered : pd.DataFrame
+        From :func:`recovery`.
+    table : pd.DataFrame
+        ``table`` of :func:`distillation`.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    dict[str, Interval]
+        Claim id to interval; differences are paired over data sets.
+    """
+    trained = recovered[recovered["network"] == "trained"]
+    worst = trained.loc[trained["mean"].idxmin()]
+    by_arm = {arm: part.sort_values(["wavelet", "seed"]) for arm, part in table.groupby("arm")}
+
+    def difference(measure: str, a: str, b: str) -> Interval:
+        return paired_difference(by_arm[a][measure].to_numpy(), by_arm[b][measure].to_numpy(), seed)
+
+    return {
+        "trim_recovery": Interval(worst["mean"], worst["low"], worst["high"], int(worst["n"])),
+        "awd_recovery": bootstrap_interval(by_arm["AWD"]["similarity"].to_numpy(), seed),
+        "awd_over_db5": difference("r2", "AWD", "db5"),
+        "awd_over_teacher": difference("r2", "AWD", "teacher"),
+        "awd_interpretation": difference("r2", "AWD", "without interpretation loss"),
+        "awd_compression": difference("compression", "AWD", "db5"),
+    }
+
+
+def conditions(recovered: pd.DataFrame, table: pd.DataFrame) -> dict[str, bool]:
+    """What was asked of the simulations beforehand.
+
+    Parameters
+    ----------
+    recovered : pd.DataFrame
+        From :func:`recovery`.
+    table : pd.DataFrame
+        ``table`` of :func:`distillation`.
+
+    Returns
+    -------
+    dict[str, bool]
+        Condition to whether it is met.
+    """
+    trained = recovered[recovered["network"] == "trained"]
+    awd = table[table["arm"] == "AWD"]
+    similarity = awd.groupby("wavelet", sort=False)["similarity"].mean()
+    met = {
+        "the coefficient that matters ranks first in at least 90 % of simulations, for every transform and method": (
+            bool((trained["mean"] >= 0.9).all())
+        ),
+        "reconstruction is perfect to 1e-5 with every distilled wavelet": bool((awd["reconstruction"] <= 1e-5).all()),
+        "orthonormality terms vanish (1e-10) for every distilled wavelet": bool((awd["orthonormality"] <= 1e-10).all()),
+    }
+    return met | {
+        f"the generating wavelet {name} is recovered (mean cosine at least 0.95)": bool(value >= 0.95)
+        for name, value in similarity.items()
+    }
+
+
+def draw_recovery(recovered: pd.DataFrame) -> Figure:
+    """Share of simulations in which the coefficient that matters ranks first.
+
+    Parameters
+    ----------
+    recovered : pd.DataFrame
+        From :func:`recovery`.
+
+    Returns
+    -------
+    Figure
+        One panel for trained networks, one for the same before training.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), sharey=True, sharex=True)
+    for ax, network in zip(axes, ("trained", "untrained"), strict=True):
+        part = recovered[recovered["network"] == network]
+        plots.forest(
+            ax, part, "transform", f"{network.capitalize()} networks", "share of simulations, rank 1", "method"
+        )
+        ax.set_xlim(-0.03, 1.03)
+    axes[0].axvline(0.9, color="0.5", ls=":", lw=1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def aligned(wave: Tensor, to: Tensor, length: int) -> np.ndarray:
+    """A filter shifted and signed to lie on another.
+
+    Parameters
+    ----------
+    wave : Tensor
+        (T) filter.
+    to : Tensor
+        (U) filter.
+    length : int
+        Samples of the result; ``to`` begins at a quarter of it.
+
+    Returns
+    -------
+    np.ndarray
+        (length).
+    """
+    start = length // 4
+    target = nn.functional.pad(to, (start, max(0, length - start - len(to))))[:length]
+    shifts = range(max(1, length - len(wave) + 1))
+    places = [nn.functional.pad(wave, (k, max(0, length - k - len(wave))))[:length] for k in shifts]
+    products = torch.stack(places) @ target
+    best = int(products.abs().argmax())
+    return (places[best] * products[best].sign()).numpy()
+
+
+def draw_filters(filters: dict[str, Tensor], table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """The generating wavelet of every simulation and what each arm found, first seed, at the scale that matters.
+
+    Parameters
+    ----------
+    filters : dict[str, Tensor]
+        ``filters`` of :func:`distillation`.
+    table : pd.DataFrame
+        ``table`` of :func:`distillation`, for the cosines written in.
+
+    Returns
+    -------
+    tuple[Figure, pd.DataFrame]
+        The figure and its lines.
+    """
+    figure, axes = plt.subplots(
+        len(filters), len(ARMS), figsize=(7.2, 1.25 * len(filters) + 0.6), sharex=True, sharey=True, squeeze=False
+    )
+    parts = []
+    for row, (name, found) in zip(axes, filters.items(), strict=True):
+        true = atom(reference_filter(name), SCALE)
+        for place, (ax, arm) in enumerate(zip(row, ARMS, strict=True)):
+            wave = atom(found[0, place], SCALE)
+            length = 2 * max(len(true), len(wave))
+            lines = {"generating": aligned(true, true, length), arm: aligned(wave, true, length)}
+            ax.plot(lines["generating"], color="0.6", lw=3, label="generating wavelet")
+            ax.plot(lines[arm], color=sns.color_palette("colorblind")[place], lw=1.3, label="found")
+            cell = table[(table["wavelet"] == name) & (table["arm"] == arm)].sort_values("seed").iloc[0]
+            words = f"cosine {cell['similarity']:.3f}"
+            ax.text(0.98, 0.93, words, transform=ax.transAxes, ha="right", va="top", fontsize=7)
+            ax.set_title({"db5": "start (db5)"}.get(arm, arm) if row is axes[0] else "", fontsize=8)
+            fixed = {"wavelet": name, "arm": arm, "sample": range(length)}
+            parts += [pd.DataFrame({**fixed, "line": key, "value": values}) for key, values in lines.items()]
+        row[0].set_ylabel(name)
+    axes[0, 0].legend(fontsize=6, loc="lower right")
+    figure.supxlabel("sample", fontsize=8)
+    return figure, pd.concat(parts, ignore_index=True)
+
+
+def draw_summary(means: pd.DataFrame) -> Figure:
+    """Prediction, compression and recovery of every arm.
+
+    Parameters
+    ----------
+    means : pd.DataFrame
+        From :func:`summary`.
+
+    Returns
+    -------
+    Figure
+        One panel per measure.
+    """
+    titles = {
+        "r2": ("Prediction", "R² on unseen signals"),
+        "compression": ("Compression", "share of coefficients\nfor 95 % of energy"),
+        "similarity": ("Recovery", "cosine to the\ngenerating filter"),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(7.4, 3), sharey=True)
+    names = [*ARMS, "teacher"]
+    for ax, (measure, (title, unit)) in zip(axes, titles.items(), strict=True):
+        part = means[means["measure"] == measure].assign(arm=lambda t: pd.Categorical(t["arm"], names))
+        plots.forest(ax, part, "arm", title, unit, "wavelet")
+        ax.lines[-1].remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="generating wavelet")
+    return figure
+
+
+def draw_history(history: pd.DataFrame) -> Figure:
+    """The terms of the loss over the steps.
+
+    Parameters
+    ----------
+    history : pd.DataFrame
+        ``history`` of :func:`distillation`.
+
+    Returns
+    -------
+    Figure
+        One panel per term.
+    """
+    figure, axes = plt.subplots(1, len(HISTORY), figsize=(7.6, 2.3))
+    colors = dict(zip(ARMS[1:], sns.color_palette("colorblind")[1:3], strict=True))
+    for ax, term in zip(axes, HISTORY, strict=True):
+        for (_, arm), part in history[history["term"] == term].groupby(["wavelet", "arm"], sort=False):
+            first = arm not in ax.get_legend_handles_labels()[1]
+            ax.plot(part["step"], part["value"], color=colors[arm], lw=1, label=arm if first else None)
+        ax.set_title(term.capitalize(), fontsize=8)
+        ax.set(xlabel="step", yscale="log" if term in HISTORY[:2] else "linear")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
 
 
 def _teach(teacher: nn.Module, x: Tensor, y: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:

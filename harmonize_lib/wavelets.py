@@ -240,7 +240,7 @@ def orthonormalize(lowpass: Tensor, steps: int = 50) -> Tensor:
     Returns
     -------
     Tensor
-        (T) float64 with sum h = sqrt(2) and <h, S_2k h> = [k = 0] to rounding.
+        (T) float64 with sum g = 0 and <h, S_2k h> = [k = 0] to rounding, from which sum h = sqrt(2) follows.
 
     Raises
     ------
@@ -248,16 +248,18 @@ def orthonormalize(lowpass: Tensor, steps: int = 50) -> Tensor:
         No such filter was found nearby.
     """
 
+    sign = (-1.0) ** torch.arange(len(lowpass), dtype=torch.float64, device=lowpass.device)
+
     def conditions(h: Tensor) -> Tensor:
         lags = [h[2 * k :] @ h[: len(h) - 2 * k] for k in range(len(h) // 2)]
-        return torch.stack([h.sum() - 2**0.5, lags[0] - 1, *lags[1:]])
+        return torch.stack([(h * sign).sum(), lags[0] - 1, *lags[1:]])
 
     h = lowpass.detach().double()
     for _ in range(steps):
         missing = conditions(h)
-        if missing.abs().max() < 1e-13:
+        if not missing.isfinite().all() or missing.abs().max() < 1e-15:
             break
-        h = h - torch.linalg.pinv(torch.func.jacrev(conditions)(h), rtol=1e-8) @ missing
+        h = h - torch.linalg.pinv(torch.func.jacrev(conditions)(h)) @ missing
     if not conditions(h).abs().max() < 1e-9:
         raise HarmonizeError("no orthonormal wavelet lies near this filter: descend longer, or weigh the others less")
     return h
@@ -270,7 +272,7 @@ def distil_wavelet(
     wavelet: str = "db5",
     levels: int = 3,
     sparsity: float = 0.005,
-    interpretation: float = 0.1,
+    interpretation: float = 1.0,
     steps: int = 1000,
     learning_rate: float = 0.01,
     attribution: str = "saliency",
@@ -435,4 +437,4 @@ def compression(x: Tensor, lowpass: Tensor, levels: int, energy: float = 0.95) -
     """
     squares = dwt(x, lowpass, levels).square().flatten().sort(descending=True).values
     total = squares.cumsum(0)
-    return float((total < energy * total[-1]).double().mean())
+    return (int((total < energy * total[-1]).sum()) + 1) / len(total)

@@ -12,7 +12,7 @@ from torch import nn
 
 from harmonize_lib import HarmonizeError
 from harmonize_lib.transformations import idwt, scales
-from harmonize_lib.wavelet_study import simulate, teachers
+from harmonize_lib.wavelet_study import TAPS, simulate, teachers
 from harmonize_lib.wavelets import (
     atom,
     compression,
@@ -108,9 +108,9 @@ def test_the_importance_of_a_coefficient_is_that_of_the_network_behind_the_inver
 def test_orthonormalize_repairs_a_disturbed_wavelet_and_refuses_others():
     true = reference_filter("db5")
     found = orthonormalize(true + 0.01 * draw(10))
-    assert max(float(term) for term in structure(found).values()) < 1e-16
+    assert max(float(term) for term in structure(found).values()) < 1e-20
     assert filter_similarity(found, true) > 0.99
-    torch.testing.assert_close(orthonormalize(true), true, atol=1e-10, rtol=0)
+    torch.testing.assert_close(orthonormalize(true), true, atol=1e-8, rtol=0)
     with pytest.raises(HarmonizeError, match="no orthonormal wavelet"):
         orthonormalize(torch.full((4,), float("nan")))
 
@@ -135,7 +135,7 @@ def test_a_generating_wavelet_is_recovered_from_a_network_that_reads_it():
     model[2].weight.fill_(1.0)
     x = draw(200, 32)
     found = distil_wavelet(model, x, levels=2, sparsity=0.0, interpretation=0.1)
-    blind = distil_wavelet(model, x, levels=2, sparsity=0.005, interpretation=0.0)
+    blind = distil_wavelet(model, x, levels=2, sparsity=0.005, interpretation=0.0, steps=200)
     assert filter_similarity(reference_filter("db5"), true) < 0.9
     assert filter_similarity(blind.lowpass, true) < 0.95 <= filter_similarity(found.lowpass, true)
     assert found.reconstruction_error < 1e-9
@@ -180,7 +180,7 @@ def test_peaks_and_compression_have_known_values():
 def test_simulated_signals_are_sparse_in_their_own_wavelet():
     x, y = simulate("sym4", 300, [0, 1])
     assert x.shape == (2, 300, 64) and y.shape == (2, 300)
-    own, other = (compression(x[0].double(), reference_filter(name), 3) for name in ("sym4", "db5"))
+    own, other = (compression(x[0].double(), reference_filter(name, TAPS), 3) for name in ("sym4", "db5"))
     assert own < other
     again, _ = simulate("sym4", 300, [1])
     torch.testing.assert_close(again[0], x[1])
