@@ -411,7 +411,18 @@ def _join(function: Callable[..., Tensor], parts: Any, *args: Any, **kwargs: Any
     return _split(beta, whole, share)
 
 
-METADATA = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "size", "dim", "numel", "is_floating_point")
+METADATA: tuple[str, ...] = (
+    "shape",
+    "ndim",
+    "dtype",
+    "device",
+    "layout",
+    "is_cuda",
+    "size",
+    "dim",
+    "numel",
+    "is_floating_point",
+)
 METADATA += ("__len__", "requires_grad")
 POOLING = tuple(f"{kind}_pool{axes}d" for kind in ("avg", "adaptive_avg", "max", "adaptive_max") for axes in (1, 2, 3))
 LINEAR = (
@@ -420,7 +431,19 @@ LINEAR = (
     *("flatten", "unflatten", "reshape", "permute", "transpose", "t", "T", "mT", "movedim", "squeeze", "unsqueeze"),
     *("expand", "getitem", "select", "narrow", "unbind", "chunk", "split", "roll", "pixel_shuffle", "pixel_unshuffle"),
 )
-VANISHING = ("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish")
+VANISHING: tuple[str, ...] = (
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "prelu",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "mish",
+    "hardswish",
+)
 VANISHING += ("hardtanh",)  # ReLU6 in its general form; all of them are 0 at 0
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(LINEAR + VANISHING, _both),

@@ -375,7 +375,7 @@ def _outlined(image: Tensor, group: NDArray[np.bool_]) -> NDArray[np.float64]:
     side = [-(-pixels.shape[axis] // group.shape[axis]) for axis in (0, 1)]
     inside = group.repeat(side[0], 0).repeat(side[1], 1)[: pixels.shape[0], : pixels.shape[1]]
     scale = max(1, 192 // len(pixels))
-    pixels, inside = (value.repeat(scale, 0).repeat(scale, 1) for value in (pixels, inside))
+    pixels, inside = pixels.repeat(scale, 0).repeat(scale, 1), inside.repeat(scale, 0).repeat(scale, 1)
     border = inside & ~ndimage.binary_erosion(inside, iterations=max(1, len(pixels) // 48))
     faded = np.where(inside[..., None], pixels, 0.65 + 0.35 * pixels)
     return np.where(border[..., None], np.array([0.84, 0.37, 0.0]), faded)

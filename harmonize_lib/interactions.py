@@ -156,11 +156,13 @@ def features() -> Tensor:
 
 
 def _build(gate: str, pairs: Tensor, single: Tensor) -> nn.Module:
-    """Linear, ReLU, linear. A gate that is no ReLU function (product) is left out."""
+    """Linear, ReLU, linear; a row is a unit: weights, bias, weight in the output. A product is left out."""
     n = SIDE * SIDE
-    rows = [(single[0, k] * _unit(k), single[1, k] / 2, single[2, k]) for k in range(n)]
+    unit = torch.eye(n)
+    weight, bias, output = single.tolist()
+    rows = [(weight[k] * unit[k], bias[k] / 2, output[k]) for k in range(n)]
     for first, second in pairs.tolist():
-        a, b = _unit(first), _unit(second)
+        a, b = unit[first], unit[second]
         if gate == "minimum":  # a - relu(a - b), and a itself is relu(a) - relu(-a)
             rows += [(a, 0.0, 1.0), (-a, 0.0, -1.0), (a - b, 0.0, -1.0)]
         elif gate == "maximum":
@@ -169,17 +171,14 @@ def _build(gate: str, pairs: Tensor, single: Tensor) -> nn.Module:
             rows += [(a - b, 0.0, 1.0), (b - a, 0.0, 1.0)]
         elif gate == "threshold":
             rows += [(a + b, -1.0, 1.0)]
-    network = nn.Sequential(nn.Flatten(), nn.Linear(n, len(rows)), nn.ReLU(), nn.Linear(len(rows), 1))
-    network.requires_grad_(False).eval()
-    network[1].weight.copy_(torch.stack([row[0] for row in rows]))
-    network[1].bias.copy_(torch.tensor([float(row[1]) for row in rows]))
-    network[3].weight.copy_(torch.tensor([[float(row[2]) for row in rows]]))
-    network[3].bias.fill_(float(single[0].mean()))
+    weights, biases, outputs = zip(*rows, strict=True)
+    hidden, last = nn.Linear(n, len(rows)), nn.Linear(len(rows), 1)
+    network = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), last).requires_grad_(False).eval()
+    hidden.weight.copy_(torch.stack(weights))
+    hidden.bias.copy_(torch.tensor(biases))
+    last.weight.copy_(torch.tensor([outputs]))
+    last.bias.fill_(sum(weight) / n)
     return network
-
-
-def _unit(feature: int) -> Tensor:
-    return torch.eye(SIDE * SIDE)[feature]
 
 
 def _response(kind: str, network: nn.Module, x: Tensor, pairs: Tensor) -> Tensor:
