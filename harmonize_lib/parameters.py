@@ -134,6 +134,7 @@ class Decomposition(Parameters):
     n_stability: int = Field(200, ge=2, le=500, description="digits whose hierarchies are perturbed")
     strength: float = Field(0.1, gt=0, le=1, description="perturbation of a pixel, images lie in [0, 1]")
     percentile: float = Field(95.0, ge=0, le=100, description="what a hierarchy takes up in each round")
+    patch: int = Field(4, ge=1, description="side of a unit in pixels, in the trees of scenes")
     rounds: int = Field(8, ge=0, le=1000, description="rounds of growth in the trees drawn")
     n_shown: int = Field(2, ge=1, le=6, description="right, and wrong, predictions in the pictures of trees")
 
@@ -158,7 +159,9 @@ class ExplanationPenalties(Simulation):
     epochs: int = Field(10, ge=1, le=1000, description="passes over the training images")
     batch_size: int = Field(50, ge=2, le=1000, description="images per step")
     strengths: list[float] = Field(
-        [0.1, 1.0, 10.0, 100.0, 1000.0], min_length=2, description="weights of the penalties that are tried"
+        [0.1, 1.0, 10.0, 100.0, 1000.0],
+        min_length=2,
+        description="weights λ that are tried, in units: 0.01 CDEP (paper), 1 CDEP (code), 1 RRR, 0.1 EG",
     )
     tolerance: float = Field(0.02, ge=0, le=1, description="unshifted validation accuracy a penalty may cost")
     n_shown: int = Field(4, ge=1, le=8, description="images in the galleries of maps")

@@ -24,6 +24,7 @@ def explanation_penalty(
     groups: Tensor,
     kind: str = "cdep",
     form: str = "paper",
+    references: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """How much a network uses pixels it should not use, to be added to its loss.
@@ -35,7 +36,7 @@ def explanation_penalty(
     - ``rrr``: mean over images of the sum over S of the squared norm, inside S, of the gradient of the image's own
       cross-entropy;
     - ``eg``: mean over images of the sum over S of the L1 norm, inside S, of expected gradients of the true class's
-      logit, one draw per image, the next image of the batch as its reference.
+      logit, one draw per image.
 
     Parameters
     ----------
@@ -51,6 +52,8 @@ def explanation_penalty(
         ``"cdep"``, ``"rrr"`` or ``"eg"``.
     form : str
         Of CDEP: ``"paper"`` or ``"code"``, which are different penalties.
+    references : Tensor | None
+        (N, C, H, W) one training image for each image, for ``"eg"``; None takes the batch rolled by one.
     generator : torch.Generator | None
         Positions on the path of ``"eg"``, on the CPU; needed for it alone.
 
@@ -88,7 +91,8 @@ def explanation_penalty(
             return _inside(_loss_gradient(model, x, y).square(), groups)
         if generator is None:
             raise HarmonizeError("kind 'eg' draws positions on the path: pass generator=torch.Generator()")
-        return _inside(_expected_gradients(model, x, y, generator).abs(), groups)
+        references = x.roll(1, 0) if references is None else references
+        return _inside(_expected_gradients(model, x, y, references, generator).abs(), groups)
 
 
 @contextmanager
@@ -128,9 +132,11 @@ def _loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.autograd.grad(losses, x, create_graph=True)[0]
 
 
-def _expected_gradients(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    """One (reference, position) per image: the estimator that is used in training, with references rolled by one."""
-    way = x - x.roll(1, 0)
+def _expected_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, references: Tensor, generator: torch.Generator
+) -> Tensor:
+    """One (reference, position) per image: the estimator that is used in training."""
+    way = x - references
     position = torch.rand(len(x), 1, 1, 1, generator=generator).to(x)
     at = (x - (1 - position) * way).detach().requires_grad_()
     scores = pick(logits_of(model, at), y).sum()

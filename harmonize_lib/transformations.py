@@ -231,9 +231,7 @@ def principal_components(data: Tensor, components: int) -> Transform:
     fitted = PCA(components, svd_solver="full").fit(data.flatten(1).cpu().double().numpy())
     mean, basis = (torch.from_numpy(part).to(data) for part in (fitted.mean_, fitted.components_))
     shape = data.shape[1:]
-    return Transform(
-        "PCA", lambda x: (x.flatten(1) - mean) @ basis.T, lambda s: (s @ basis + mean).unflatten(1, shape)
-    )
+    return Transform("PCA", lambda x: (x.flatten(1) - mean) @ basis.T, lambda s: (s @ basis + mean).unflatten(1, shape))
 
 
 def nonnegative_factors(data: Tensor, components: int, seed: int = 0) -> Transform:

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harmonize_lib.statistics import bootstrap_interval
+from harmonize_lib import plots
+from harmonize_lib.statistics import Interval, bootstrap_interval, paired_difference
 from harmonize_lib.storage import remember
 from harmonize_lib.transformations import (
     METHODS,
@@ -30,17 +35,19 @@ from harmonize_lib.wavelets import (
     compression,
     descend,
     filter_similarity,
+    loss_terms,
     orthonormalize,
     peaks,
     reference_filter,
     structure,
 )
 
-VERSION = 1
+VERSION = 2
 LENGTH, TAPS, LEVELS, SCALE = 64, 10, 3, 2  # signals, filters, depth of the transform, the scale that matters
 COMPONENTS, HIDDEN, POINTS = 16, 32, 20
 TEACHER_STEPS = 600
 DENSITY = 0.3  # share of the wavelet's coefficients that are not zero
+STARTS = ("db5", "sym5")  # of a distillation; the first is the reference
 ARMS = ("db5", "without interpretation loss", "AWD")
 STRUCTURE = ("sum", "highpass sum", "norm", "spectrum", "even shifts")
 HISTORY = ("reconstruction", "orthonormality", "sparsity", "interpretation")
@@ -294,7 +301,10 @@ def teachers(count: int, seed: int, width: int = 8) -> nn.Module:
 def distillation(
     names: Sequence[str], seeds: int, n: int, steps: int, sparsity: float, interpretation: float, seed: int
 ) -> dict[str, Any]:
-    """Train teachers on signals of known wavelets, distil them from db5, and judge what comes out on unseen signals.
+    """Train teachers on signals of known wavelets, distil them, and judge what comes out on unseen signals.
+
+    Each descent begins at db5 and at sym5, and the lower loss on the training signals is kept: from one start alone
+    it can end at a shifted copy of the wavelet, close by cosine and useless on the grid of a decimated transform.
 
     Parameters
     ----------
@@ -337,7 +347,7 @@ def distillation(
             for term, values in zip(HISTORY, result["history"][place].T, strict=True):
                 curves.append(pd.DataFrame({"wavelet": name, "arm": arm, "term": term, "value": values.numpy()}))
     history = pd.concat(curves)
-    history["step"] = history.groupby(["wavelet", "arm", "term"]).cumcount() * 20
+    history["step"] = (history.groupby(["wavelet", "arm", "term"]).cumcount() * 20).clip(upper=steps - 1)
     filters = {name: result["filters"] for name, result in zip(names, results, strict=True)}
     return {"table": pd.concat(tables, ignore_index=True), "filters": filters, "history": history}
 
@@ -350,15 +360,11 @@ def _distil(
     teacher = teachers(count, seeds[0])
     slope, predicted = _teach(teacher, x, y, n, seeds[0])
     true = reference_filter(name)
-    start = reference_filter("db5").float().repeat(count, 1)
-    before, histories = [start], []
+    before, histories = [reference_filter(STARTS[0]).float().repeat(count, 1)], []
     for weight in (0.0, interpretation):
-        generator = torch.Generator().manual_seed(seeds[0])
-        found, terms = descend(start, x[:, :n], slope, LEVELS, sparsity, weight, generator, steps)
-        terms["orthonormality"] = terms[list(STRUCTURE)].sum(axis=1)
-        mean = terms.groupby("step")[list(HISTORY)].mean()
-        histories.append(torch.tensor(mean.to_numpy()))
+        found, history = _best_start(x[:, :n], slope, sparsity, weight, steps, seeds[0])
         before.append(found)
+        histories.append(history)
     filters = torch.stack([torch.stack([orthonormalize(each) for each in part]) for part in before], 1)
     empty = torch.full((count, len(ARMS) + 1), float("nan"), dtype=torch.float64)
     names = "r2 compression similarity atom_similarity reconstruction orthonormality reconstruction_before"
@@ -376,6 +382,27 @@ def _distil(
             result["reconstruction_before"][i, place] = _missing(test, before[place][i].double())
             result["orthonormality"][i, place] = float(sum(structure(h).values()))
     return {**result, "filters": filters, "history": torch.stack(histories)}
+
+
+def _best_start(
+    x: Tensor, slope: Tensor, sparsity: float, interpretation: float, steps: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Descend from every start and keep, for each data set, the filter with the lowest loss on its signals.
+
+    Filters (S, T), and the terms of the loss over the steps, mean over data sets.
+    """
+    count, taken = len(x), len(STARTS)
+    start = torch.cat([reference_filter(name, TAPS).float().repeat(count, 1) for name in STARTS])
+    data = x.repeat(taken, 1, 1), slope.repeat(taken, 1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    found, history = descend(start, *data, LEVELS, sparsity, interpretation, generator, steps)
+    weights = {"sparsity": sparsity, "interpretation": interpretation}
+    terms = loss_terms(found, *data, LEVELS)
+    loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum(0)
+    chosen = loss.view(taken, count).argmin(0) * count + torch.arange(count)
+    history["orthonormality"] = history[list(STRUCTURE)].sum(axis=1)
+    kept = history[history["filter"].isin(chosen.tolist())]
+    return found[chosen], torch.tensor(kept.groupby("step")[list(HISTORY)].mean().to_numpy())
 
 
 def summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -536,6 +563,8 @@ def draw_filters(filters: dict[str, Tensor], table: pd.DataFrame) -> tuple[Figur
         len(filters), len(ARMS), figsize=(7.2, 1.25 * len(filters) + 0.6), sharex=True, sharey=True, squeeze=False
     )
     parts = []
+    for ax, arm in zip(axes[0], ARMS, strict=True):
+        ax.set_title(arm if arm != ARMS[0] else "db5, the reference", fontsize=8)
     for row, (name, found) in zip(axes, filters.items(), strict=True):
         true = atom(reference_filter(name), SCALE)
         for place, (ax, arm) in enumerate(zip(row, ARMS, strict=True)):
@@ -547,7 +576,6 @@ def draw_filters(filters: dict[str, Tensor], table: pd.DataFrame) -> tuple[Figur
             cell = table[(table["wavelet"] == name) & (table["arm"] == arm)].sort_values("seed").iloc[0]
             words = f"cosine {cell['similarity']:.3f}"
             ax.text(0.98, 0.93, words, transform=ax.transAxes, ha="right", va="top", fontsize=7)
-            ax.set_title({"db5": "start (db5)"}.get(arm, arm) if row is axes[0] else "", fontsize=8)
             fixed = {"wavelet": name, "arm": arm, "sample": range(length)}
             parts += [pd.DataFrame({**fixed, "line": key, "value": values}) for key, values in lines.items()]
         row[0].set_ylabel(name)
