@@ -423,7 +423,7 @@ def grid(settings: Any) -> tuple[pd.DataFrame, dict[tuple[str, str, float, int],
         protocol = {"epochs": settings.epochs, "batch_size": settings.batch_size}
         key = {"version": VERSION, "data": data[name][place], "arm": arm, "strength": value, "seed": seed, **protocol}
         result = remember("penalty", key, partial(fit, task, arm, value, seed, **protocol))
-        model = network(*task.x["train"].shape[1:3], seed)
+        model = network(task.x["train"].shape[1], task.x["train"].shape[2], seed)
         model.load_state_dict({key[8:]: tensor for key, tensor in result.items() if key.startswith("weights.")})
         networks[name, arm, value, seed] = model.requires_grad_(False).eval()
         rows.append((name, arm, value, seed, *(float(result[column]) for column in (*SETS[1:], "seconds"))))
@@ -766,7 +766,8 @@ def draw_maps(
     tuple[Figure, pd.DataFrame]
         The figure, and per panel the true and the predicted class.
     """
-    rows, names, facts = [[] for _ in range(1 + len(ARMS))], ["image", *map(shown, ARMS)], []
+    rows: list[list[tuple[Tensor, str]]] = [[] for _ in range(1 + len(ARMS))]
+    names, facts = ["image", *map(shown, ARMS)], []
     for name in TASKS:
         task = tasks[name][0]
         truth = task.y["shifted test"][:n].tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.decomposition import NMF, PCA
@@ -385,5 +385,5 @@ def scales(length: int, levels: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(levels + 1), torch.tensor(sizes))
 
 
-def _corner(x: Tensor, axes: int) -> tuple[object, ...]:
+def _corner(x: Tensor, axes: int) -> tuple[Any, ...]:
     return (..., *(slice(side // 2) for side in x.shape[-axes:]))

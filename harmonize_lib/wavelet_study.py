@@ -204,12 +204,12 @@ def _fit_perceptrons(start: list[Tensor], x: Tensor, y: Tensor, steps: int, gene
 def _perceptron(weights: list[Tensor], mean: Tensor, deviation: Tensor) -> nn.Module:
     """One of the networks, with the normalization of its input inside its first layer."""
     first, first_bias, second, second_bias = weights
-    network = nn.Sequential(nn.Linear(LENGTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)).requires_grad_(False).eval()
-    network[0].weight.copy_(first.T / deviation)
-    network[0].bias.copy_(first_bias[0] - (mean / deviation) * first.sum(0))
-    network[2].weight.copy_(second.T)
-    network[2].bias.copy_(second_bias[0])
-    return network
+    inner, outer = nn.Linear(LENGTH, HIDDEN).requires_grad_(False), nn.Linear(HIDDEN, 1).requires_grad_(False)
+    inner.weight.copy_(first.T / deviation)
+    inner.bias.copy_(first_bias[0] - (mean / deviation) * first.sum(0))
+    outer.weight.copy_(second.T)
+    outer.bias.copy_(second_bias[0])
+    return nn.Sequential(inner, nn.ReLU(), outer).eval()
 
 
 def recovery(table: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -330,7 +330,7 @@ def distillation(
         ``reconstruction``, ``orthonormality`` before and after the last step), ``filters`` ((S, 3, 10) by arm) and
         ``history`` (terms of the loss over the steps, by arm).
     """
-    options = {"n": n, "steps": steps, "sparsity": sparsity, "interpretation": interpretation}
+    options: dict[str, Any] = {"n": n, "steps": steps, "sparsity": sparsity, "interpretation": interpretation}
     results = []
     for name in tqdm(names, desc="distillation", mininterval=1):
         key = {"version": VERSION, "wavelet": name, "seeds": seeds, "seed": seed, **options}

@@ -221,7 +221,7 @@ def descend(
             rows.append(table.assign(step=step, filter=range(len(table))))
         weights = {"sparsity": sparsity, "interpretation": interpretation}
         optimizer.zero_grad()
-        sum(weights.get(name, 1.0) * term.sum() for name, term in terms.items()).backward()
+        torch.stack([weights.get(name, 1.0) * term.sum() for name, term in terms.items()]).sum().backward()
         optimizer.step()
         schedule.step()
     return lowpass.detach(), pd.concat(rows, ignore_index=True)
@@ -332,8 +332,9 @@ def distil_wavelet(
     x, slope = (part.flatten(1).double()[None] for part in (signals, slope))
     start = reference_filter(wavelet).to(x)[None]
     generator = torch.Generator().manual_seed(seed)
-    options = {"steps": steps, "learning_rate": learning_rate, "attribution": attribution}
-    before, history = descend(start, x, slope, levels, sparsity, interpretation, generator, **options)
+    before, history = descend(
+        start, x, slope, levels, sparsity, interpretation, generator, steps, learning_rate, attribution
+    )
     lowpass = orthonormalize(before[0])
     missing = (idwt(dwt(x[0], lowpass, levels), lowpass, levels) - x[0]).abs().max() / x.std()
     return DistilledWavelet(lowpass, before[0], levels, float(missing), history.drop(columns="filter"))
