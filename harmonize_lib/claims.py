@@ -53,6 +53,7 @@ SIGN = "reproduced: the 95 % interval lies {side} 0; partly: only the mean does;
 KADIR = "Kadir et al. 2023"
 PROJECT = "this project's question"
 ERION = "Erion et al. 2021"
+SINGH = "Singh, Ha, Yu 2021"
 AUDIT = "Explainability sanity audit (BaurothM)"
 
 CLAIMS: dict[str, Claim] = {
@@ -265,6 +266,111 @@ CLAIMS: dict[str, Claim] = {
         "the difference of sanity_weights for harmonized maps minus the mean of their members, mean over methods",
         SIGN.format(side="above"),
         _positive,
+    ),
+    "cd_interactions": Claim(
+        SINGH,
+        "Contextual decomposition captures interactions of features (ACD; no number given)",
+        "AUC of planted pairs of features among all, by mean |interaction|, over networks of all kinds",
+        "reproduced: the 95 % interval lies above 0.95; partly: above 0.5; else not reproduced",
+        _above(0.95, 0.5),
+    ),
+    "cd_over_baselines": Claim(
+        PROJECT,
+        "Contextual decomposition finds interactions better than occlusion and build-up",
+        "AUC of planted pairs in single inputs: contextual decomposition minus each kind's better baseline",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "acd_stability": Claim(
+        SINGH,
+        "Under FGSM ACD's order of pixels is more stable than agglomerative occlusion's (0.590, 0.131; ImageNet)",
+        "Spearman of the order in which pixels enter, before and after FGSM, digits: ACD minus agglomerative occlusion",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_color": Claim(
+        SINGH,
+        "On ColorMNIST CDEP regains accuracy (31.0 %; 25.1 %, 34.25 % in its code), RRR and no penalty stay at 0.2 %",
+        "color digits turned around, λ by shifted validation: better CDEP penalty minus best of RRR, EG, none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_color_unknown": Claim(
+        ERION,
+        "On ColorMNIST CDEP wins (SI B)",
+        "color digits turned around, λ by unshifted validation: better CDEP penalty minus best of RRR, EG, none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_decoy": Claim(
+        SINGH,
+        "On DecoyMNIST CDEP reaches 97.2 % (RRR 99.0 %)",
+        "decoy digits turned around, λ by shifted validation: better CDEP penalty minus none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_decoy": Claim(
+        ERION,
+        "On DecoyMNIST EG and RRR win over CDEP (SI B)",
+        "decoy digits turned around, λ by shifted validation: worse of EG and RRR minus better CDEP penalty",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_decoy_unknown": Claim(
+        ERION,
+        "On DecoyMNIST EG and RRR win over CDEP (SI B)",
+        "decoy digits turned around, λ by unshifted validation: worse of EG and RRR minus better CDEP penalty",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_cost": Claim(
+        ERION,
+        "EG and RRR are faster than CDEP (SI B, a whole VGG16)",
+        "processor time of a training step in ms, decoy digits: faster CDEP penalty minus slower of EG and RRR",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "trim_recovery": Claim(
+        SINGH,
+        "TRIM finds the coefficient of a transform that a response depends on (simulation; no number given)",
+        "share of simulations in which that coefficient ranks first, the worst of all transforms and methods",
+        "reproduced: the 95 % interval lies above 0.9; partly: above 0.5; else not reproduced",
+        _above(0.9, 0.5),
+    ),
+    "awd_recovery": Claim(
+        PROJECT,
+        "Wavelet distillation recovers the wavelet the data were made with",
+        "cosine to the generating filter after the best shift and sign, over wavelets and seeds",
+        "reproduced: the 95 % interval lies above 0.95; partly: above 0.9; else not reproduced",
+        _above(0.95, 0.9),
+    ),
+    "awd_over_db5": Claim(
+        SINGH,
+        "AWD predicts better than a fixed db5 (R² 0.262 against 0.197, clathrin)",
+        "simulated signals, R² of least squares on peaks: AWD minus db5",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_over_teacher": Claim(
+        SINGH,
+        "AWD predicts better than the network it was distilled from (R² 0.262 against 0.237, clathrin)",
+        "simulated signals, R²: least squares on AWD's peaks minus the teacher",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_interpretation": Claim(
+        SINGH,
+        "Without the interpretation loss AWD predicts worse (R² 0.231 against 0.262, clathrin)",
+        "simulated signals, R² of least squares on peaks: AWD minus the same without the interpretation loss",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_compression": Claim(
+        SINGH,
+        "AWD compresses better than db5 (0.574 against 0.704, clathrin)",
+        "simulated signals, share of coefficients that hold 95 % of the energy: AWD minus db5",
+        SIGN.format(side="below"),
+        _negative,
     ),
 }
 

@@ -33,6 +33,12 @@ CHEAP: dict[str, dict[str, Any]] = {
 }
 
 
+def _folder(folder: str) -> str:
+    if folder:
+        check_folder(Path(folder).expanduser())
+    return folder
+
+
 class Parameters(BaseModel):
     """What every notebook takes."""
 
@@ -53,9 +59,7 @@ class Parameters(BaseModel):
     @field_validator("output")
     @classmethod
     def _writable(cls, folder: str) -> str:
-        if folder:
-            check_folder(Path(folder).expanduser())
-        return folder
+        return _folder(folder)
 
     @model_validator(mode="after")
     def _patches_fill_the_image(self) -> Parameters:
@@ -305,7 +309,74 @@ class Explorer(Patches):
         return given
 
 
-NOTEBOOKS: dict[str, type[Parameters]] = {
+class Decomposition(Parameters):
+    """Notebook 10."""
+
+    n_images: int = Field(200, ge=10, le=100_000, description="test images, among which wrong predictions are sought")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ARCHITECTURES], min_length=1, description="zoo names, timm tags or python callables"
+    )
+    n_promises: int = Field(20, ge=1, le=100_000, description="images its promises are tested on, at most n_images")
+    n_timed: int = Field(5, ge=2, le=1000, description="paired measurements of cost per model")
+    networks: int = Field(10, ge=2, le=1000, description="networks of each kind with planted interactions")
+    n_inputs: int = Field(32, ge=1, le=10_000, description="inputs of each of these networks")
+    n_stability: int = Field(200, ge=2, le=500, description="digits whose hierarchies are perturbed")
+    strength: float = Field(0.1, gt=0, le=1, description="perturbation of a pixel, images lie in [0, 1]")
+    percentile: float = Field(95.0, ge=0, le=100, description="what a hierarchy takes up in each round")
+    patch: int = Field(4, ge=1, description="side of a unit in pixels, in the trees of scenes")
+    rounds: int = Field(8, ge=0, le=1000, description="rounds of growth in the trees drawn")
+    n_shown: int = Field(2, ge=1, le=6, description="right, and wrong, predictions in the pictures of trees")
+
+
+class Simulation(BaseModel):
+    """A notebook that makes its own data and trains its own networks."""
+
+    model_config = Parameters.model_config
+
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    output: str = Field("", description="folder for the figures, empty for the one of the repository")
+
+    @field_validator("output")
+    @classmethod
+    def _writable(cls, folder: str) -> str:
+        return _folder(folder)
+
+
+class ExplanationPenalties(Simulation):
+    """Notebook 11."""
+
+    digits: str = Field("digits", description="digits (scikit-learn's, bundled) or mnist:DIR")
+    n_train: int = Field(1000, ge=100, le=50_000, description="training images")
+    n_test: int = Field(397, ge=50, le=10_000, description="test images")
+    n_validation: int = Field(200, ge=50, le=10_000, description="images of each of the two validation sets")
+    seeds: int = Field(5, ge=2, le=100, description="networks per penalty and strength")
+    epochs: int = Field(10, ge=1, le=1000, description="passes over the training images")
+    batch_size: int = Field(50, ge=2, le=1000, description="images per step")
+    strengths: list[float] = Field(
+        [0.1, 1.0, 10.0, 100.0, 1000.0],
+        min_length=2,
+        description="weights λ that are tried, in units: 0.01 CDEP (paper), 1 CDEP (code), 1 RRR, 0.1 EG",
+    )
+    tolerance: float = Field(0.02, ge=0, le=1, description="unshifted validation accuracy a penalty may cost")
+    n_shown: int = Field(4, ge=1, le=8, description="images in the galleries of maps")
+
+
+class Transformations(Simulation):
+    """Notebook 12."""
+
+    simulations: int = Field(100, ge=2, le=10_000, description="knock-out simulations per transform")
+    training_steps: int = Field(300, ge=10, le=100_000, description="training steps of the knock-out networks")
+    wavelets: list[str] = Field(
+        ["coif1", "db3", "sym4"], min_length=1, description="generating wavelets, at most 10 taps"
+    )
+    seeds: int = Field(5, ge=2, le=100, description="data sets and teachers per wavelet")
+    n_signals: int = Field(1000, ge=64, le=100_000, description="training signals of a teacher, as many for testing")
+    steps: int = Field(1000, ge=10, le=100_000, description="steps of the distillation")
+    sparsity: float = Field(0.005, ge=0, description="weight of the coefficients' L1 norm")
+    interpretation: float = Field(1.0, ge=0, description="weight of their importance's L1 norm")
+
+
+NOTEBOOKS: dict[str, type[BaseModel]] = {
     "01_data_and_models": DataAndModels,
     "02_attribution_extraction": AttributionExtraction,
     "03_feature_images": FeatureImages,
@@ -314,6 +385,9 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "06_feature_detectors": FeatureDetectors,
     "08_expected_gradients": ExpectedGradients,
     "09_attribution_priors": AttributionPriors,
+    "10_decomposition_and_hierarchies": Decomposition,
+    "11_explanation_penalties": ExplanationPenalties,
+    "12_transformations_and_wavelets": Transformations,
     "13_reality_checks": RealityChecks,
     "14_explorer": Explorer,
 }
@@ -383,12 +457,12 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         raise HarmonizeError(f"parameter {place!r} of {notebook}: {message}; got {str(value)[:60]!r}") from None
 
 
-def recorded(settings: Parameters) -> dict[str, Any]:
+def recorded(settings: BaseModel) -> dict[str, Any]:
     """Parameters as provenance keeps them: without places of this machine.
 
     Parameters
     ----------
-    settings : Parameters
+    settings : BaseModel
         From :func:`check`.
 
     Returns
@@ -397,14 +471,16 @@ def recorded(settings: Parameters) -> dict[str, Any]:
         All but ``output``; of a data set's folder the name, of models what stands before the question mark.
     """
     values = settings.model_dump(exclude={"output"})
-    kind, colon, folder = settings.dataset.partition(":")
-    values["dataset"] = f"{kind}{colon}{Path(folder).name}"
+    for name in ("dataset", "digits", "pixels"):
+        if name in values:
+            kind, colon, folder = values[name].partition(":")
+            values[name] = f"{kind}{colon}{Path(folder).name}"
     if "models" in values:
         values["models"] = [spec.partition("?")[0] for spec in values["models"]]
     return values
 
 
-def _integers_as_floats(kind: type[Parameters], name: str, value: Any) -> Any:
+def _integers_as_floats(kind: type[BaseModel], name: str, value: Any) -> Any:
     """A whole number is a fine float: JSON and YAML write 1.0 as 1."""
     default = kind.model_fields[name].default
     if isinstance(default, float) and type(value) is int:

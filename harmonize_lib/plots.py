@@ -48,6 +48,7 @@ LABELS = {
     "occlusion": "Occlusion",
     "rise": "RISE",
     "attention_rollout": "Attention rollout",
+    "contextual_decomposition": "Contextual decomposition",
     "random": "Random",
     "center": "Center",
     "edges": "Edges",

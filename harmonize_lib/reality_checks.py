@@ -373,7 +373,8 @@ def least_sensitive(
     if not len(table):
         return "", Interval(np.nan, np.nan, np.nan, 0)
     row = table.loc[table["mean"].astype(float).idxmin()]
-    return row["method"], Interval(*(float(row[name]) for name in ("mean", "low", "high")), int(row["n"]), row["p"])
+    mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
+    return row["method"], Interval(mean, low, high, int(row["n"]), row["p"])
 
 
 def measured(run: Run, weights: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Interval]:
@@ -502,7 +503,8 @@ def stage_panels(
     }
     maps = {name: explained(run, models, chosen) for name, models in steps.items()}
     first = next(iter(run.models))
-    rows, labels = [], []
+    rows: list[list[tuple[Tensor, str]]] = []
+    labels: list[str] = []
     for method in shown:
         for name in (first, HARMONIZED):
             if (name, method) in maps["trained"]:
@@ -611,7 +613,7 @@ def draw_curves(lines: pd.DataFrame, count: int, title: str, columns: int = 5) -
         ax.tick_params(axis="y", labelsize=6)
     for ax in axes.flat[len(methods) :]:
         ax.set_visible(False)
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for ax in axes.flat:
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)

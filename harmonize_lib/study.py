@@ -42,9 +42,9 @@ class Run:
     settings : Any
         Its checked parameters.
     dataset : Dataset
-        The images explained.
+        The images explained; None for a notebook that makes its own.
     models : dict[str, Model]
-        The models compared, by name: the spec without its settings.
+        The models compared, by name: the spec without its settings; empty for a notebook that trains its own.
     folder : Path
         Where its figures go.
     started : float
@@ -84,7 +84,9 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
-    dataset = load_dataset(settings.dataset, "test", settings.n_images)
+    dataset: Any = None
+    if hasattr(settings, "dataset"):
+        dataset = load_dataset(settings.dataset, "test", settings.n_images)
     LOADED.clear()
     loaded = [load_model(spec, device=settings.device) for spec in getattr(settings, "models", [])]
     models = {model.name: model for model in loaded}
