@@ -88,10 +88,12 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     name : str
         ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only"``, ``commonality=k`` with
         ``object=name``: that object in the first k of 10 scene classes, nothing in the others),
-        ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224), or
+        ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224),
+        ``"bam:DIR"`` (the published BAM folders; options ``labels`` as above, ``size``: side to resize to), or
         ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"cifar10:DIR"`` (option ``download``).
     split : str
-        ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``.
+        ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``;
+        BAM's ``"test"`` is its ``"val"``.
     n : int | None
         How many images; None takes all (10,000 of shapes-on-scenes).
     seed : int
@@ -113,6 +115,7 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     loaders: dict[str, Callable[..., Dataset]] = {
         "shapes-on-scenes": _shapes_on_scenes,
         "imagefolder": _imagefolder,
+        "bam": _bam,
         **dict.fromkeys(TORCHVISION, _torchvision),
     }
     if kind not in loaders:
@@ -126,6 +129,7 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     allowed = {
         "shapes-on-scenes": {"labels", "commonality", "object"},
         "imagefolder": {"size"},
+        "bam": {"labels", "size"},
     }.get(kind, {"download"})
     for option in options:
         if option not in allowed:
@@ -301,6 +305,12 @@ def _imagefolder(name: str, split: str, n: int | None, seed: int, size: int = 22
         ids=tuple(path.relative_to(root).as_posix() for path, _ in files),
         name=f"imagefolder:{root.name}",
     )
+
+
+def _bam(name: str, split: str, n: int | None, seed: int, labels: str = "obj", size: int | None = None) -> Dataset:
+    from harmonize_lib.bam_data import read_bam
+
+    return read_bam(Path(name.partition(":")[2]).expanduser(), split, n, seed, labels, size)
 
 
 def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool = False) -> Dataset:
