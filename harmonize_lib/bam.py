@@ -205,8 +205,7 @@ def input_dependence_rate(
     ----------
     Yang, Kim 2019 (arXiv 1907.09701), section 4.2.
     """
-    without, with_object = _values(maps_scene_only, masks, signed), _values(maps_with_object, masks, signed)
-    return _score(_where_defined(without > with_object, without + with_object), correct)
+    return _score(lowered(_values(maps_scene_only, masks, signed), _values(maps_with_object, masks, signed)), correct)
 
 
 def input_independence_rate(
@@ -249,9 +248,45 @@ def input_independence_rate(
     -----
     A map that does not look at the image scores 1: read beside a control such as ``center``.
     """
-    before, after = _values(maps, masks, signed), _values(maps_patched, masks, signed)
-    stays = (before - after).abs() < threshold * before.abs()
-    return _score(_where_defined(stays, before + after), correct)
+    return _score(unchanged(_values(maps, masks, signed), _values(maps_patched, masks, signed), threshold), correct)
+
+
+def lowered(without: Tensor, with_object: Tensor) -> Tensor:
+    """Input dependence of single images from their concept attributions.
+
+    Parameters
+    ----------
+    without : Tensor
+        (N) g_c without the object.
+    with_object : Tensor
+        (N) g_c with it.
+
+    Returns
+    -------
+    Tensor
+        (N) 1 where without > with_object, else 0; NaN where one is undefined.
+    """
+    return _where_defined(without > with_object, without + with_object)
+
+
+def unchanged(before: Tensor, after: Tensor, threshold: float = 0.1) -> Tensor:
+    """Input independence of single images from their concept attributions.
+
+    Parameters
+    ----------
+    before : Tensor
+        (N) g_c without the patch.
+    after : Tensor
+        (N) g_c with it.
+    threshold : float
+        Share of g_c by which it may change.
+
+    Returns
+    -------
+    Tensor
+        (N) 1 where abs(before - after) < threshold * abs(before), else 0; NaN where one is undefined.
+    """
+    return _where_defined((before - after).abs() < threshold * before.abs(), before + after)
 
 
 def contrast_correlation(

@@ -46,7 +46,15 @@ class Cut(NamedTuple):
     mask: NDArray[np.uint8]
 
 
-def read_bam(root: Path, split: str, n: int | None, seed: int, labels: str = "obj", size: int | None = None) -> Dataset:
+def read_bam(
+    root: Path,
+    split: str,
+    n: int | None,
+    seed: int,
+    labels: str = "obj",
+    size: int | None = None,
+    prefix: str = "",
+) -> Dataset:
     """Read the folders that BAM's builder writes; ``load_dataset("bam:DIR")`` calls this.
 
     Parameters
@@ -63,6 +71,8 @@ def read_bam(root: Path, split: str, n: int | None, seed: int, labels: str = "ob
         ``"obj"``, ``"scene"`` or ``"scene_only"``.
     size : int | None
         Side to which images (bilinear), boxes and masks are brought; None keeps the files' own size.
+    prefix : str
+        Only images whose names begin so: ``"dog-bedroom-"`` gives BAM's ``dog_bedroom``.
 
     Returns
     -------
@@ -89,15 +99,17 @@ def read_bam(root: Path, split: str, n: int | None, seed: int, labels: str = "ob
         if not (root / name / "train").is_dir() and not (root / name / "val").is_dir():
             raise HarmonizeError(f"{root}: no folder {name}/ with train/ or val/: 'bam:DIR' wants the published layout")
     files = _train_files(root) if split == "train" else _validation_files(root)
-    if n is not None and n > len(files):
-        raise HarmonizeError(f"{root}: n = {n}, but the {split} set holds {len(files)} images: ask for fewer")
-    names = sorted(files)
-    objects, scenes = (tuple(sorted({_parts(name)[i] for name in names})) for i in (0, 1))
+    objects, scenes = (tuple(sorted({_parts(name)[i] for name in files})) for i in (0, 1))
     object_classes, scene_classes = (
         _class_folders(root / "obj", objects),
         _class_folders(root / "scene", scenes),
     )
-    order = {index: place for place, index in enumerate(sorted({_parts(name)[2] for name in names}))}
+    order = {index: place for place, index in enumerate(sorted({_parts(name)[2] for name in files}))}
+    names = sorted(name for name in files if name.startswith(prefix))
+    if len(names) < (n or 1):
+        raise HarmonizeError(
+            f"{root}: {n or 1} images asked for, {len(names)} in the {split} set begin with {prefix!r}: ask for fewer"
+        )
     if n is not None:
         draw = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:n].sort().values
         names = [names[i] for i in draw.tolist()]
