@@ -2,6 +2,13 @@
 
 from harmonize_lib.agreement import feature_agreement, rank_agreement, sign_agreement, spearman, ssim, topk_iou
 from harmonize_lib.attribution import Attribution, explain, list_methods, refusal
+from harmonize_lib.bam import (
+    concept_attribution,
+    input_dependence_rate,
+    input_independence_rate,
+    insignificant_patch,
+    model_contrast_score,
+)
 from harmonize_lib.consensus import consensus, list_rules
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
@@ -29,6 +36,7 @@ __all__ = [
     "area",
     "average_precision",
     "bootstrap_interval",
+    "concept_attribution",
     "consensus",
     "consensus_prior",
     "deletion",
@@ -41,13 +49,17 @@ __all__ = [
     "graph_prior",
     "held_out_pool",
     "holm",
+    "input_dependence_rate",
+    "input_independence_rate",
     "insertion",
+    "insignificant_patch",
     "list_methods",
     "list_models",
     "list_rules",
     "load_dataset",
     "load_model",
     "mask_iou",
+    "model_contrast_score",
     "paired_difference",
     "pixel_prior",
     "pointing_game",

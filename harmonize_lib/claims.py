@@ -33,6 +33,10 @@ def _above(full: float, part: float) -> Callable[[Interval], str]:
     return lambda i: REPRODUCED if i.low > full else PARTLY if i.low > part else NOT
 
 
+def _below(full: float) -> Callable[[Interval], str]:
+    return lambda i: REPRODUCED if i.high < full else PARTLY if i.mean < full else NOT
+
+
 def _positive(i: Interval) -> str:
     return REPRODUCED if i.low > 0 else PARTLY if i.mean > 0 else NOT
 
@@ -51,6 +55,7 @@ def _below(full: float, part: float) -> Callable[[Interval], str]:
 
 SIGN = "reproduced: the 95 % interval lies {side} 0; partly: only the mean does; else not reproduced"
 KADIR = "Kadir et al. 2023"
+BAM = "Yang & Kim 2019"
 PROJECT = "this project's question"
 ERION = "Erion et al. 2021"
 SINGH = "Singh, Ha, Yu 2021"
@@ -371,6 +376,79 @@ CLAIMS: dict[str, Claim] = {
         "simulated signals, share of coefficients that hold 95 % of the energy: AWD minus db5",
         SIGN.format(side="below"),
         _negative,
+    ),
+    "bam_grad_cam_contrast": Claim(
+        BAM,
+        "Grad-CAM has the highest model contrast score (as citing work reports it; no number at hand)",
+        "MCS on ReLU CNNs: Grad-CAM minus the best other method, chosen on the other half of the images",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "bam_smoothgrad_gradient": Claim(
+        BAM,
+        "SmoothGrad improves the gradient (as citing work reports it; its SmoothGrad squares the gradients)",
+        "MCS on ReLU CNNs: SmoothGrad² minus saliency",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "bam_smoothgrad_ig": Claim(
+        BAM,
+        "SmoothGrad improves integrated gradients (as citing work reports it)",
+        "MCS on ReLU CNNs: IG + SmoothGrad minus integrated gradients",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "bam_dependence": Claim(
+        BAM,
+        "Grad-CAM and the gradient have the fewest false positives on input dependence (as citing work reports it)",
+        "false positives 1 − IDR on ReLU CNNs: mean of Grad-CAM and saliency minus mean of the other methods",
+        SIGN.format(side="below"),
+        _negative,
+    ),
+    "bam_independence": Claim(
+        BAM,
+        "All methods but Grad-CAM and the gradient have over 80 % false positives on input independence "
+        "(as citing work reports it)",
+        "false positives 1 − IIR on ReLU CNNs: the best of the other methods, chosen on the other half of the images",
+        "reproduced: lower bound > 0.8; partly: lower bound > 0.5; else not reproduced",
+        _above(0.8, 0.5),
+    ),
+    "bam_rankings": Claim(
+        BAM,
+        "Rankings of methods vary by metric (as citing work reports it)",
+        "Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order)",
+        "reproduced: the 95 % interval lies below 0.7, the threshold of strong agreement; partly: only the estimate; "
+        "else not reproduced",
+        _below(0.7),
+    ),
+    "bam_relative": Claim(
+        BAM,
+        "Relative model contrast follows accuracy drop (correlation 0.92 for Grad-CAM, as a review reports it)",
+        "Pearson correlation of Grad-CAM's RMCS with accuracy drop over commonality, mean over architectures",
+        "reproduced: lower bound > 0.8; partly: lower bound > 0; else not reproduced",
+        _above(0.8, 0.0),
+    ),
+    "harmonized_dependence": Claim(
+        PROJECT,
+        "Harmonizing lowers false positives on input dependence",
+        "1 − IDR: consensus of the others minus its members, each under the same rule alone",
+        SIGN.format(side="below"),
+        _negative,
+    ),
+    "harmonized_independence": Claim(
+        PROJECT,
+        "Harmonizing lowers false positives on input independence",
+        "1 − IIR: consensus of the others minus its members, each under the same rule alone",
+        SIGN.format(side="below"),
+        _negative,
+    ),
+    "harmonized_inherits": Claim(
+        PROJECT,
+        "Harmonizing inherits a shared shortcut: where all members were trained for scenes, the consensus neglects the "
+        "object as they do",
+        "share of the members' neglect (their MCS) that is left in the consensus (its MCS)",
+        "reproduced: lower bound > 0.5; partly: lower bound > 0; else not reproduced",
+        _above(0.5, 0.0),
     ),
 }
 

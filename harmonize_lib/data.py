@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,10 +110,13 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
         ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only" | "random_labels"``, the last those of
         objects in a random order; ``commonality=k`` with ``object=name``: that object in the first k of 10 scene
         classes, nothing in the others),
-        ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224), or
+        ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224),
+        ``"bam:DIR"`` (the published BAM folders; options ``labels`` but the last, ``size``: side to resize to,
+        ``prefix`` of the file names), or
         ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"cifar10:DIR"`` (option ``download``).
     split : str
-        ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``.
+        ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``;
+        BAM's ``"test"`` is its ``"val"``.
     n : int | None
         How many images; None takes all (10,000 of shapes-on-scenes).
     seed : int
@@ -139,6 +143,7 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     allowed = {
         "shapes-on-scenes": {"labels", "commonality", "object"},
         "imagefolder": {"size"},
+        "bam": {"labels", "size", "prefix"},
     }.get(kind, {"download"})
     for option in options:
         if option not in allowed:
@@ -319,6 +324,12 @@ def _imagefolder(name: str, split: str, n: int | None, seed: int, size: int = 22
     )
 
 
+def _bam(name: str, split: str, n: int | None, seed: int, **options: Any) -> Dataset:
+    from harmonize_lib.bam_data import read_bam
+
+    return read_bam(Path(name.partition(":")[2]).expanduser(), split, n, seed, **options)
+
+
 def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool = False) -> Dataset:
     import torchvision
 
@@ -349,5 +360,6 @@ def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool
 LOADERS: dict[str, Callable[..., Dataset]] = {
     "shapes-on-scenes": _shapes_on_scenes,
     "imagefolder": _imagefolder,
+    "bam": _bam,
     **dict.fromkeys(TORCHVISION, _torchvision),
 }

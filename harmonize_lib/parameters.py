@@ -21,6 +21,21 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
 SIDES = {"shapes-on-scenes": 64, "imagefolder": 224, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
+BAM_METHODS = [
+    "saliency",
+    "input_x_gradient",
+    "smoothgrad",
+    "smoothgrad_squared",
+    "guided_backprop",
+    "deeplift",
+    "integrated_gradients",
+    "integrated_gradients_smoothgrad",
+    "expected_gradients",
+    "grad_cam",
+    "guided_grad_cam",
+    "occlusion",
+    "attention_rollout",
+]
 STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
 CHEAP: dict[str, dict[str, Any]] = {
     "smoothgrad": {"samples": 8},
@@ -189,6 +204,52 @@ class FeatureDetectors(Study):
     n_curves: int = Field(30, ge=2, le=100_000, description="images of insertion, deletion and ROAD, at most n_images")
     steps: int = Field(16, ge=2, le=256, description="steps of insertion and deletion curves")
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
+
+
+class Bam(Study):
+    """Notebook 07."""
+
+    dataset: str = Field("shapes-on-scenes", description="shapes-on-scenes, or bam:DIR (the published folders)")
+    n_images: int = Field(40, ge=2, le=100_000, description="test images explained")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ARCHITECTURES],
+        min_length=2,
+        description="models trained for objects, as load_model takes them",
+    )
+    scene_models: list[str] = Field(
+        [], description="trained for scenes on the same images, in the order of models; empty: NAME-scene for NAME-obj"
+    )
+    scene_only_models: list[str] = Field(
+        [], description="trained for scenes without objects, in that order; empty: NAME-scene_only for NAME-obj"
+    )
+    methods: list[str] = Field(BAM_METHODS, min_length=1, description="attribution methods")
+    threshold: float = Field(0.1, gt=0, le=1, description="share by which attribution may change under IIR's patch")
+    bound: float = Field(0.1, gt=0, le=1, description="share by which the patch may change the logits")
+    patch_steps: int = Field(60, ge=0, le=10_000, description="steps in which the patch is optimized")
+    relative_models: list[str] = Field(
+        ["resnet-scene_k{k}", "swin-scene_k{k}"], description="models for RMCS, {k} stands for the commonality"
+    )
+    commonalities: list[int] = Field(
+        [1, 3, 5, 7, 9], description="scene classes of 10 that show the object; each is compared with all 10"
+    )
+    relative_pair: list[str] = Field(
+        ["rings disc", "horizon"], min_length=2, max_length=2, description="object and scene of RMCS's images"
+    )
+    n_relative: int = Field(30, ge=2, le=100_000, description="images of RMCS, at most what there is")
+    rules: list[str] = Field(
+        ["mean", "median", "geometric", "agg_var", "min"], min_length=1, description="rules of consensus"
+    )
+    rule: str = Field("mean", description="the rule that claims are judged by, one of rules")
+    harmonized_methods: list[str] = Field(STUDY_METHODS, description="those of methods that are harmonized")
+    n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")
+
+    @field_validator("rules", "rule")
+    @classmethod
+    def _known(cls, given: list[str] | str) -> list[str] | str:
+        for rule in [given] if isinstance(given, str) else given:
+            if rule not in list_rules():
+                raise unknown("rule", rule, list_rules())
+        return given
 
 
 class ExpectedGradients(Parameters):
@@ -383,6 +444,7 @@ NOTEBOOKS: dict[str, type[BaseModel]] = {
     "04_cross_architecture_transfer": Transfer,
     "05_harmonisation": Harmonization,
     "06_feature_detectors": FeatureDetectors,
+    "07_bam": Bam,
     "08_expected_gradients": ExpectedGradients,
     "09_attribution_priors": AttributionPriors,
     "10_decomposition_and_hierarchies": Decomposition,

@@ -64,6 +64,8 @@ LABELS = {
     "crh": "Truth discovery",
     "geometric": "Geometric mean",
     "partial_order": "Partial order",
+    "min": "Minimum",
+    "max": "Maximum",
     "relevance_mass": "Relevance mass",
     "relevance_rank": "Relevance rank",
     "pointing_game": "Pointing game",
