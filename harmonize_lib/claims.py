@@ -33,7 +33,7 @@ def _above(full: float, part: float) -> Callable[[Interval], str]:
     return lambda i: REPRODUCED if i.low > full else PARTLY if i.low > part else NOT
 
 
-def _below(full: float) -> Callable[[Interval], str]:
+def _mean_below(full: float) -> Callable[[Interval], str]:
     return lambda i: REPRODUCED if i.high < full else PARTLY if i.mean < full else NOT
 
 
@@ -419,7 +419,7 @@ CLAIMS: dict[str, Claim] = {
         "Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order)",
         "reproduced: the 95 % interval lies below 0.7, the threshold of strong agreement; partly: only the estimate; "
         "else not reproduced",
-        _below(0.7),
+        _mean_below(0.7),
     ),
     "bam_relative": Claim(
         BAM,
