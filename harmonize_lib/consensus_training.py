@@ -35,6 +35,7 @@ PATCH = 4  # side in pixels of the squares the prior compares
 BATCH_SIZE = 50
 LEARNING_RATE = 5e-4
 TOLERANCE = 0.01
+VALIDATION_IMAGES = 500
 ARMS = ("consensus of others", "random models' maps", "no prior")
 OURS, CONTROL, PLAIN = ARMS
 AGREEMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Spearman": spearman, "top 10 % IoU": topk_iou}
@@ -234,16 +235,16 @@ def tuned(model: Model, data: Dataset, arm: str, maps: Tensor | None, weight: fl
 
 
 class Tuned(NamedTuple):
-    """All of one target: the plan, every weight tried, the weight chosen, and the models by (arm, seed)."""
+    """All of one target: the plan, every weight tried, the weight of each arm, and the models by (arm, seed)."""
 
     plan: Plan
     tried: pd.DataFrame
-    weight: float
+    weights: dict[str, float]
     models: dict[tuple[str, int], Model]
 
 
 def study_target(run: Run, chosen: Plan) -> Tuned:
-    """Choose lambda on the first seed, then train every arm with every seed.
+    """Train every arm with every weight and seed, and keep each arm's weight by the rule of :func:`choose_weight`.
 
     Parameters
     ----------
@@ -255,36 +256,51 @@ def study_target(run: Run, chosen: Plan) -> Tuned:
     Returns
     -------
     Tuned
-        The models. The weight is the largest whose validation accuracy stays within one point of the original
-        model's; the smallest tried where none does. The control takes the same weight.
+        The models at the chosen weights; the control's is chosen by the same rule.
     """
     settings = run.settings
     data = load_dataset("shapes-on-scenes", "train", settings.train_images)
-    validation = load_dataset("shapes-on-scenes", "val", 500)
-    maps = target_maps(chosen.pool, data, settings.consensus_method, settings.seed)
+    validation = load_dataset("shapes-on-scenes", "val", VALIDATION_IMAGES)
     random = [shuffled(model, settings.seed) for model in chosen.pool]
-    given = {
-        OURS: maps,
+    maps = {
+        OURS: target_maps(chosen.pool, data, settings.consensus_method, settings.seed),
         CONTROL: target_maps(random, data, settings.consensus_method, settings.seed),
         PLAIN: None,
     }
-    first = settings.tuning_seeds[0]
     before = accuracy(chosen.target, validation)
-    rows = []
-    for weight in sorted(settings.tuning_weights):
-        model = tuned(chosen.target, data, OURS, maps, weight, settings.tuning_epochs, first)
-        rows.append((chosen.target.name, weight, accuracy(model, validation), before))
-    tried = pd.DataFrame(rows, columns=["model", "weight", "validation_accuracy", "before"])
-    fit = tried[tried["validation_accuracy"] >= before - TOLERANCE]
-    weight = float(fit["weight"].max() if len(fit) else tried["weight"].min())
-    jobs = [(arm, seed) for arm in ARMS for seed in settings.tuning_seeds]
-    models = {
-        (arm, seed): tuned(
-            chosen.target, data, arm, given[arm], 0.0 if arm == PLAIN else weight, settings.tuning_epochs, seed
-        )
-        for arm, seed in tqdm(jobs, desc=f"fine-tuning {chosen.target.name}", mininterval=1)
-    }
-    return Tuned(chosen, tried, weight, models)
+    jobs = [
+        (arm, weight, seed)
+        for arm in ARMS
+        for weight in (sorted(settings.tuning_weights) if maps[arm] is not None else [0.0])
+        for seed in settings.tuning_seeds
+    ]
+    models, rows = {}, []
+    for arm, weight, seed in tqdm(jobs, desc=f"fine-tuning {chosen.target.name}", mininterval=1):
+        model = tuned(chosen.target, data, arm, maps[arm], weight, settings.tuning_epochs, seed)
+        models[arm, weight, seed] = model
+        rows.append((chosen.target.name, arm, weight, seed, accuracy(model, validation), before))
+    tried = pd.DataFrame(rows, columns=["model", "arm", "weight", "seed", "validation_accuracy", "before"])
+    weights = {arm: choose_weight(tried[tried["arm"] == arm]) for arm in ARMS}
+    kept = {(arm, seed): model for (arm, weight, seed), model in models.items() if weight == weights[arm]}
+    return Tuned(chosen, tried, weights, kept)
+
+
+def choose_weight(tried: pd.DataFrame) -> float:
+    """The rule: the largest weight whose validation accuracy, mean over seeds, stays within a point of the original's.
+
+    Parameters
+    ----------
+    tried : pd.DataFrame
+        Columns ``weight``, ``validation_accuracy``, ``before``, one row per weight and seed.
+
+    Returns
+    -------
+    float
+        The weight; the smallest tried where none stays.
+    """
+    means = tried.groupby("weight")[["validation_accuracy", "before"]].mean()
+    fit = means[means["validation_accuracy"] >= means["before"] - TOLERANCE]
+    return float(fit.index.max() if len(fit) else means.index.min())
 
 
 def accuracy(model: Model, data: Dataset) -> float:
@@ -400,9 +416,8 @@ def clean_accuracy(studies: Sequence[Tuned], n: int, seed: int) -> pd.DataFrame:
         before = _correct(study.plan.target, data)
         for arm in ARMS:
             after = np.mean([_correct(model, data) for (name, _), model in study.models.items() if name == arm], 0)
-            weight = 0.0 if arm == PLAIN else study.weight
             difference = paired_difference(after, before, seed)
-            rows.append((study.plan.target.name, arm, weight, after.mean(), before.mean(), *difference[:4]))
+            rows.append((study.plan.target.name, arm, study.weights[arm], after.mean(), before.mean(), *difference[:4]))
     columns = ["model", "arm", "weight", "accuracy", "before", "mean", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -109,3 +109,11 @@ def test_differences_are_paired_over_images_and_seeds():
 def test_facts_follow_the_accuracy():
     table = pd.DataFrame({"model": ["m", "m"], "arm": [ct.OURS, ct.PLAIN], "mean": [-0.011, -0.009]})
     assert list(ct.facts(table).values()) == [False, True]
+
+
+def test_the_rule_takes_the_largest_weight_that_costs_little():
+    rows = [(1.0, 0.99), (1.0, 0.98), (10.0, 0.995), (10.0, 0.97), (100.0, 0.9), (100.0, 0.95)]
+    tried = pd.DataFrame(rows, columns=["weight", "validation_accuracy"]).assign(before=0.992)
+    assert ct.choose_weight(tried) == 10.0
+    assert ct.choose_weight(tried.assign(before=0.994)) == 1.0
+    assert ct.choose_weight(tried.assign(before=1.0)) == 1.0  # none stays: the smallest
