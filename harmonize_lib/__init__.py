@@ -4,31 +4,44 @@ from harmonize_lib.agreement import feature_agreement, rank_agreement, sign_agre
 from harmonize_lib.attribution import Attribution, explain, list_methods, refusal
 from harmonize_lib.consensus import consensus, list_rules
 from harmonize_lib.data import Dataset, load_dataset
+from harmonize_lib.decomposition import contextual_decomposition
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.faithfulness import area, deletion, insertion, road
 from harmonize_lib.features import feature_image, feature_mask
+from harmonize_lib.hierarchy import Hierarchy, hierarchies, hierarchy
 from harmonize_lib.localization import average_precision, mask_iou, pointing_game, relevance_mass, relevance_rank
 from harmonize_lib.models import Model, list_models, load_model
+from harmonize_lib.penalties import explanation_penalty
 from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference
 from harmonize_lib.transfer import family_advantage, held_out_pool, recognition, relative_transfer, transfer_table
+from harmonize_lib.transformations import TransformImportance, transform_importance
+from harmonize_lib.wavelets import DistilledWavelet, distil_wavelet
 
 __all__ = [
     "Attribution",
     "Dataset",
+    "DistilledWavelet",
     "HarmonizeError",
+    "Hierarchy",
     "Interval",
     "Model",
+    "TransformImportance",
     "area",
     "average_precision",
     "bootstrap_interval",
     "consensus",
+    "contextual_decomposition",
     "deletion",
+    "distil_wavelet",
     "explain",
+    "explanation_penalty",
     "family_advantage",
     "feature_agreement",
     "feature_image",
     "feature_mask",
     "held_out_pool",
+    "hierarchies",
+    "hierarchy",
     "holm",
     "insertion",
     "list_methods",
@@ -51,4 +64,5 @@ __all__ = [
     "ssim",
     "topk_iou",
     "transfer_table",
+    "transform_importance",
 ]
