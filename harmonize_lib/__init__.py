@@ -11,11 +11,14 @@ from harmonize_lib.bam import (
 )
 from harmonize_lib.consensus import consensus, list_rules
 from harmonize_lib.data import Dataset, load_dataset
+from harmonize_lib.decomposition import contextual_decomposition
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.faithfulness import area, deletion, insertion, road
 from harmonize_lib.features import feature_image, feature_mask
+from harmonize_lib.hierarchy import Hierarchy, hierarchies, hierarchy
 from harmonize_lib.localization import average_precision, mask_iou, pointing_game, relevance_mass, relevance_rank
 from harmonize_lib.models import Model, list_models, load_model
+from harmonize_lib.penalties import explanation_penalty
 from harmonize_lib.priors import (
     consensus_prior,
     expected_gradients_penalty,
@@ -26,28 +29,38 @@ from harmonize_lib.priors import (
 )
 from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference
 from harmonize_lib.transfer import family_advantage, held_out_pool, recognition, relative_transfer, transfer_table
+from harmonize_lib.transformations import TransformImportance, transform_importance
+from harmonize_lib.wavelets import DistilledWavelet, distil_wavelet
 
 __all__ = [
     "Attribution",
     "Dataset",
+    "DistilledWavelet",
     "HarmonizeError",
+    "Hierarchy",
     "Interval",
     "Model",
+    "TransformImportance",
     "area",
     "average_precision",
     "bootstrap_interval",
     "concept_attribution",
     "consensus",
     "consensus_prior",
+    "contextual_decomposition",
     "deletion",
+    "distil_wavelet",
     "expected_gradients_penalty",
     "explain",
+    "explanation_penalty",
     "family_advantage",
     "feature_agreement",
     "feature_image",
     "feature_mask",
     "graph_prior",
     "held_out_pool",
+    "hierarchies",
+    "hierarchy",
     "holm",
     "input_dependence_rate",
     "input_independence_rate",
@@ -77,4 +90,5 @@ __all__ = [
     "topk_iou",
     "training_attributions",
     "transfer_table",
+    "transform_importance",
 ]

@@ -29,6 +29,7 @@ from harmonize_lib.penalty_study import network
 from harmonize_lib.statistics import Interval, bootstrap_interval, paired_difference, summarize
 from harmonize_lib.study import Run, predictions
 
+NAMES = {"cd": "contextual decomposition", "occlusion": "occlusion", "build_up": "build-up"}
 PROMISES = ("β + γ − logits", "whole image: γ", "empty group: β")
 TOLERANCE = 1e-4  # of the largest logit
 COST = 1.3  # of two forward passes per group
@@ -209,8 +210,9 @@ def draw_recovery(summary: pd.DataFrame) -> Figure:
         The figure.
     """
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), sharey=True)
+    shown = summary.assign(score=summary["score"].astype(str).map(NAMES))
     for ax, measure in zip(axes, ("pairs of a network", "pairs in one input"), strict=True):
-        part = summary[summary["measure"] == measure]
+        part = shown[shown["measure"] == measure]
         plots.forest(ax, part, "kind", f"AUC: {measure}", "AUC, chance is 0.5", "score")
         ax.axvline(0.5, color="0.35", ls=":", lw=1)
         ax.set_xlim(0.3, 1.03)
@@ -371,6 +373,7 @@ def draw_stability(table: pd.DataFrame, seed: int) -> tuple[Figure, pd.DataFrame
             axes[0].plot(value, PERTURBATIONS.index(name), "x", color=color, ms=6)
     axes[0].plot([], [], "x", color="0.3", ms=6, label="reported (VGG-16, ImageNet)")
     plots.forest(axes[1], difference, "perturbation", "ACD minus agglomerative occlusion", "difference of Spearman")
+    axes[1].locator_params(axis="x", nbins=5)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return figure, pd.concat([means, difference.assign(score="difference")])
 
@@ -416,7 +419,7 @@ def most_often_wrong(run: Run) -> str:
     return max(cnns, key=lambda name: errors[name])
 
 
-def draw_scenes(run: Run, name: str, n: int, percentile: float, rounds: int) -> tuple[Figure, pd.DataFrame]:
+def draw_scenes(run: Run, name: str, n: int, patch: int, percentile: float, rounds: int) -> tuple[Figure, pd.DataFrame]:
     """Trees of the first right and the first wrong predictions; the wrong ones for the predicted and the true class.
 
     Parameters
@@ -427,6 +430,8 @@ def draw_scenes(run: Run, name: str, n: int, percentile: float, rounds: int) -> 
         The model.
     n : int
         Right, and wrong, predictions.
+    patch : int
+        Side of a unit in pixels.
     percentile : float
         See :func:`harmonize_lib.hierarchy.hierarchies`.
     rounds : int
@@ -449,9 +454,9 @@ def draw_scenes(run: Run, name: str, n: int, percentile: float, rounds: int) -> 
     titles = []
     for i, target, kind in chosen:
         truth, said = dataset.classes[dataset.labels[i]], dataset.classes[predicted[i]]
-        asked = "predicted" if target == predicted[i] else "true"
-        titles.append(f"right: {said}" if kind == "right" else f"wrong: {said}, is {truth}; for the {asked} class")
-    return _draw(model, dataset.images[index], dataset.images[index], targets, titles, None, percentile, rounds)
+        head = f"right: {said}" if kind == "right" else f"wrong: {said}, is {truth}"
+        titles.append(f"{head}\nexplained: {dataset.classes[target]}")
+    return _draw(model, dataset.images[index], dataset.images[index], targets, titles, patch, percentile, rounds)
 
 
 def draw_digits(
@@ -484,7 +489,8 @@ def draw_digits(
     right = (predicted == labels).nonzero()[:n, 0]
     wrong = (predicted != labels).nonzero()[:n, 0]
     index = torch.cat([right, wrong])
-    titles = [f"right: {predicted[i]}" for i in right] + [f"wrong: {predicted[i]}, is {labels[i]}" for i in wrong]
+    heads = [f"right: {predicted[i]}" for i in right] + [f"wrong: {predicted[i]}, is {labels[i]}" for i in wrong]
+    titles = [f"{head}\nexplained: {predicted[i]}" for head, i in zip(heads, index, strict=True)]
     ink = (255 - images[index] * 255).byte()
     return _draw(model, images[index], ink, predicted[index], titles, 1, percentile, rounds)
 
@@ -495,7 +501,7 @@ def _draw(
     shown: Tensor,
     targets: Tensor,
     titles: Sequence[str],
-    patch: int | None,
+    patch: int,
     percentile: float,
     rounds: int,
 ) -> tuple[Figure, pd.DataFrame]:

@@ -305,9 +305,9 @@ def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequenc
     shown = [_shown(tree) for tree in trees]
     places = [_places(links) for links in shown]
     tops = [max(y for _, y in place.values()) for place in places]
-    heights = [max(tops[i : i + 2]) + 1.4 for i in range(0, len(trees), 2)]
+    heights = [max(tops[i : i + 2]) + 1.2 for i in range(0, len(trees), 2)]
     figure, axes = plt.subplots(
-        len(heights), 2, figsize=(7.4, 0.6 * sum(heights) + 0.3 * len(heights)), height_ratios=heights, squeeze=False
+        len(heights), 2, figsize=(7.4, 0.56 * sum(heights) + 0.35 * len(heights)), height_ratios=heights, squeeze=False
     )
     for ax in axes.flat[len(trees) :]:
         ax.set_visible(False)

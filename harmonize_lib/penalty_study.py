@@ -533,9 +533,8 @@ def measured_claims(table: pd.DataFrame, chosen: pd.DataFrame, seed: int) -> dic
     Returns
     -------
     dict[str, Interval]
-        Claim id to paired difference over seeds. Which of CDEP's penalties, and which rival, is compared is settled
-        on validation images: shifted ones where the shift is known, else unshifted (and no rival is chosen: the
-        larger of the test means is taken, against CDEP).
+        Claim id to paired difference over seeds. Where several penalties stand on a side, the one named in the claim
+        is taken by its mean on the test images compared: the better of CDEP's two, the best or the worse rival.
     """
 
     def accuracy(task: str, protocol: str, arm: str) -> np.ndarray:

@@ -126,7 +126,10 @@ def test_perturbations_are_what_they_are_called() -> None:
     labels = torch.tensor([0, 1, 2])
     moved = study.perturbed(model, images, labels, 0.05, 7)
     assert tuple(moved) == study.PERTURBATIONS
-    loss = {name: float(nn.functional.cross_entropy(model(x), labels)) for name, x in (moved | {"": images}).items()}
+    loss = {
+        name: float(nn.functional.cross_entropy(model(x), labels).detach())
+        for name, x in (moved | {"": images}).items()
+    }
     assert loss["FGSM"] > max(loss[""], loss["random signs"])
     for name in ("FGSM", "random signs"):
         torch.testing.assert_close((moved[name] - images).abs(), torch.full_like(images, 0.05))
