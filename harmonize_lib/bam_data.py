@@ -99,7 +99,8 @@ def read_bam(
         if not (root / name / "train").is_dir() and not (root / name / "val").is_dir():
             raise HarmonizeError(f"{root}: no folder {name}/ with train/ or val/: 'bam:DIR' wants the published layout")
     files = _train_files(root) if split == "train" else _validation_files(root)
-    objects, scenes = (tuple(sorted({_parts(name)[i] for name in files})) for i in (0, 1))
+    objects = tuple(sorted({_parts(name)[0] for name in files}))
+    scenes = tuple(sorted({_parts(name)[1] for name in files}))
     object_classes, scene_classes = (
         _class_folders(root / "obj", objects),
         _class_folders(root / "scene", scenes),
@@ -177,7 +178,9 @@ def _validation_files(root: Path) -> dict[str, dict[str, Path]]:
     listed = {}
     for labels in ("obj", "scene", "scene_only"):
         lines = _lines(root / labels / "val.txt")
-        classes = _class_folders(root / labels, tuple(sorted({_parts(n)[labels != "obj"] for n, _ in lines})))
+        classes = _class_folders(
+            root / labels, tuple(sorted({_parts(n)[0] if labels == "obj" else _parts(n)[1] for n, _ in lines}))
+        )
         for name, label in lines:
             if (
                 not label.isdigit()
@@ -230,7 +233,8 @@ def _pictures(
     files: Sequence[Path], size: int | None, places: Sequence[tuple[int, int, int, int] | None]
 ) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) uint8 and boxes (N, 4) left, top, right, bottom; zeros where there is no place."""
-    images, boxes = [], []
+    images: list[Tensor] = []
+    boxes: list[list[int]] = []
     for path, place in zip(files, places, strict=True):
         image = read_image(path)
         height, width = image.shape[1:]
@@ -541,8 +545,8 @@ def _write_lists(
             (folder / "val").mkdir(parents=True)
             for path in chosen:
                 shutil.copy(path, folder / "val" / path.name)
-            place = scenes.index(_parts(chosen[0].name)[1])
-            (folder / "val.txt").write_text("".join(f"{path.name} {place}\n" for path in chosen))
+            scene = scenes.index(_parts(chosen[0].name)[1])
+            (folder / "val.txt").write_text("".join(f"{path.name} {scene}\n" for path in chosen))
             (folder / "val_loc.txt").write_text("".join(f"{path.name} {locations[path.name]}\n" for path in chosen))
             _write_masks(folder / "val_mask", masks["dog"])
             counts[name] = len(chosen)

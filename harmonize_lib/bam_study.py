@@ -95,6 +95,29 @@ class Bench(NamedTuple):
     correct: dict[str, dict[str, Tensor]]
 
 
+def exact_masks(data: Dataset) -> Tensor:
+    """The objects' masks, which all of BAM's metrics need.
+
+    Parameters
+    ----------
+    data : Dataset
+        N images.
+
+    Returns
+    -------
+    Tensor
+        (N, H, W) bool.
+
+    Raises
+    ------
+    HarmonizeError
+        The data have none.
+    """
+    if data.masks is None:
+        raise HarmonizeError(f"{data.name} has no masks, which BAM's metrics need: use shapes-on-scenes or bam:DIR")
+    return data.masks
+
+
 def prepare(run: Run) -> Bench:
     """Load the models for scenes, make the patches, and see which images count.
 
@@ -167,14 +190,14 @@ def _patches(run: Run, models: Sequence[Model], bare: Dataset) -> bam.Patch:
     key = {
         "version": PATCH_VERSION,
         "weights": [model.weights_hash for model in models],
-        "images": sha256_tensors({"bare": bare.images, "with": dataset.images, "masks": dataset.masks}),
+        "images": sha256_tensors({"bare": bare.images, "with": dataset.images, "masks": exact_masks(dataset)}),
         "steps": settings.patch_steps,
         "bound": settings.bound,
     }
 
     def compute() -> dict[str, Tensor]:
         patch = bam.insignificant_patch(
-            models, bare.images, dataset.images, dataset.masks, steps=settings.patch_steps, bound=settings.bound
+            models, bare.images, dataset.images, exact_masks(dataset), steps=settings.patch_steps, bound=settings.bound
         )
         return patch._asdict()
 
@@ -268,7 +291,10 @@ def scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
     """
     parts = []
     for variant, signed in VARIANTS.items():
-        g = {key: bam.concept_attribution(values, run.dataset.masks, signed).values for key, values in maps.items()}
+        g = {
+            key: bam.concept_attribution(values, exact_masks(run.dataset), signed).values
+            for key, values in maps.items()
+        }
         for metric, (a, b) in PAIRS.items():
             for condition, name, method in maps:
                 if condition == a:
@@ -457,7 +483,7 @@ def relative_scores(relative: Relative) -> pd.DataFrame:
     pd.DataFrame
         ``SCHEMA`` with columns ``k`` and ``drop`` besides.
     """
-    masks, parts = relative.data.masks, []
+    masks, parts = exact_masks(relative.data), []
     for variant, signed in VARIANTS.items():
         g = {key: bam.concept_attribution(values, masks, signed).values for key, values in relative.maps.items()}
         for (template, k, method), values in g.items():
@@ -497,7 +523,7 @@ def harmonized_relative(run: Run, relative: Relative) -> pd.DataFrame:
                 given = {name: relative.maps[name, k, method] for name in names}
                 both = _alone_and_together(given, {"all": names}, rule, False)
                 one, many = (
-                    {key: bam.concept_attribution(m, relative.data.masks).values for key, m in part.items()}
+                    {key: bam.concept_attribution(m, exact_masks(relative.data)).values for key, m in part.items()}
                     for part in both
                 )
                 alone[k], together[k] = torch.stack([one[name] for name in names]), many["all"]
@@ -505,8 +531,8 @@ def harmonized_relative(run: Run, relative: Relative) -> pd.DataFrame:
                 counted = torch.stack([relative.correct[name, j] for name in names for j in (k, ALL)]).all(0)
                 cell = {"metric": "RMCS", "variant": "original", "rule": rule, "k": k, "method": method}
                 values = {"consensus": together[k] - together[ALL], "members": (alone[k] - alone[ALL]).mean(0)}
-                values = {key: v.masked_fill(~counted, torch.nan).numpy() for key, v in values.items()}
-                parts.append(pd.DataFrame(cell | {"image": relative.data.ids} | values))
+                numbers = {key: v.masked_fill(~counted, torch.nan).numpy() for key, v in values.items()}
+                parts.append(pd.DataFrame(cell | {"image": relative.data.ids} | numbers))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["metric", "rule", "method"])
 
 
@@ -596,7 +622,7 @@ def harmonized_scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
         ``member_scene`` (by models trained for scenes). Only images that count for every member have values. The
         signed variant has the rule ``rule`` alone.
     """
-    settings, masks = run.settings, run.dataset.masks
+    settings, masks = run.settings, exact_masks(run.dataset)
     methods = [method for method in settings.harmonized_methods if method in settings.methods]
     jobs = [
         (variant, rule, method)
@@ -633,8 +659,8 @@ def harmonized_scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
                     "member_scene": torch.stack([alone[SCENE][m] for m in pool]).mean(0),
                 }
                 cell = {"metric": metric, "variant": variant, "rule": rule, "target": target, "method": method}
-                values = {k: v.masked_fill(~counted, torch.nan).numpy() for k, v in values.items()}
-                parts.append(pd.DataFrame(cell | {"image": run.dataset.ids} | values))
+                numbers = {k: v.masked_fill(~counted, torch.nan).numpy() for k, v in values.items()}
+                parts.append(pd.DataFrame(cell | {"image": run.dataset.ids} | numbers))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -835,7 +861,7 @@ def panels(run: Run, bench: Bench, maps: Maps, images: Sequence[int]) -> list[li
     for row, i in enumerate(images):
         shown = [
             (bench.data[OBJECT].images[i], "with object"),
-            (run.dataset.masks[i], "mask"),
+            (exact_masks(run.dataset)[i], "mask"),
             (bench.data[BARE].images[i], "bare"),
             (bench.data[PATCHED].images[i], "patch"),
             *((maps[condition, name, method][i], title) for condition, title in titles.items()),
