@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -131,7 +131,7 @@ def explained(run: Run, models: Mapping[str, Model], methods: Mapping[str, Seque
     return maps
 
 
-def _maps(model: Model, dataset: Dataset, method: str, seed: int, options: Mapping[str, object]) -> Tensor:
+def _maps(model: Model, dataset: Dataset, method: str, seed: int, options: Mapping[str, Any]) -> Tensor:
     try:
         return study.attributions(model, dataset, method, seed, **options)["maps"]
     except HarmonizeError:
@@ -373,7 +373,8 @@ def least_sensitive(
     if not len(table):
         return "", Interval(np.nan, np.nan, np.nan, 0)
     row = table.loc[table["mean"].astype(float).idxmin()]
-    return row["method"], Interval(*(float(row[name]) for name in ("mean", "low", "high")), int(row["n"]), row["p"])
+    mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
+    return row["method"], Interval(mean, low, high, int(row["n"]), row["p"])
 
 
 def measured(run: Run, weights: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Interval]:
@@ -502,7 +503,8 @@ def stage_panels(
     }
     maps = {name: explained(run, models, chosen) for name, models in steps.items()}
     first = next(iter(run.models))
-    rows, labels = [], []
+    rows: list[list[tuple[Tensor, str]]] = []
+    labels: list[str] = []
     for method in shown:
         for name in (first, HARMONIZED):
             if (name, method) in maps["trained"] and not (name == HARMONIZED and method in CONTROLS):
@@ -616,7 +618,7 @@ def draw_curves(lines: pd.DataFrame, count: int, title: str, columns: int = 5) -
         ax.tick_params(axis="y", labelsize=6)
     for ax in axes.flat[len(methods) :]:
         ax.set_visible(False)
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for ax in axes.flat:
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
@@ -944,18 +946,15 @@ def draw_ledger(ledger: pd.DataFrame, columns: int = 6) -> Figure:
             ax.add_patch(plt.Rectangle((x, top), 0.97, 0.94, facecolor=color, edgecolor="none"))
             name = "\n".join(textwrap.wrap(claim.id.replace("_", " "), 17))
             ax.text(x + 0.485, top + 0.32, name, ha="center", va="center", fontsize=7)
-            said = (
-                "not measured"
-                if claim.estimate == "nan"
-                else f"{float(claim.estimate):.2f} [{float(claim.low):.2f}, {float(claim.high):.2f}]"
-            )
+            numbers = [float(value) for value in (claim.estimate, claim.low, claim.high)]
+            said = "not measured" if np.isnan(numbers[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
             ax.text(x + 0.485, top + 0.76, said, ha="center", va="center", fontsize=6)
         y += -(-len(part) // columns)
     ax.set(xlim=(0, columns), ylim=(y, 0))
     ax.axis("off")
     patches = [plt.Rectangle((0, 0), 1, 1, facecolor=color) for color in VERDICT_COLORS.values()]
-    numbers = [f"{verdict} ({(ledger['verdict'] == verdict).sum()})" for verdict in VERDICT_COLORS]
-    figure.legend(patches, numbers, loc="outside lower center", ncols=4, fontsize=7)
+    counted = [f"{verdict} ({(ledger['verdict'] == verdict).sum()})" for verdict in VERDICT_COLORS]
+    figure.legend(patches, counted, loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(
         "The claims, judged by criteria stated beforehand (estimate, 95 % interval)",
         fontsize=9,
