@@ -266,7 +266,7 @@ CLAIMS: dict[str, Claim] = {
         SIGN.format(side="above"),
         _positive,
     ),
-    "harmonized_dulls": Claim(
+    "harmonized_sharpens": Claim(
         PROJECT,
         "Harmonizing sharpens the check of weights rather than dulling it",
         "the difference of sanity_weights for harmonized maps minus the mean of their members, mean over methods",

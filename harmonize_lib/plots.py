@@ -75,6 +75,7 @@ LABELS = {
     "deletion": "Deletion",
     "road": "ROAD, LeRF − MoRF",
     "harmonized": "Harmonized",
+    "single models": "Single models",
     "spearman": "Spearman",
     "spearman_of_magnitudes": "Spearman of magnitudes",
     "ssim": "SSIM",

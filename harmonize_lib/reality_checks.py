@@ -131,7 +131,7 @@ def explained(run: Run, models: Mapping[str, Model], methods: Mapping[str, Seque
     return maps
 
 
-def _maps(model: Model, dataset: Dataset, method: str, seed: int, options: Mapping[str, object]) -> Tensor:
+def _maps(model: Model, dataset: Dataset, method: str, seed: int, options: Mapping[str, Any]) -> Tensor:
     try:
         return study.attributions(model, dataset, method, seed, **options)["maps"]
     except HarmonizeError:
@@ -318,7 +318,7 @@ def _paired(table: pd.DataFrame, check: str) -> pd.DataFrame:
     return both.groupby(["maps", "measure", "method", "image"], sort=False)[["before", "after"]].mean().reset_index()
 
 
-def dulling(table: pd.DataFrame, check: str, seed: int, measure: str = "spearman") -> Interval:
+def sharpening(table: pd.DataFrame, check: str, seed: int, measure: str = "spearman") -> Interval:
     """Sensitivity of harmonized maps minus that of their members.
 
     Parameters
@@ -335,7 +335,7 @@ def dulling(table: pd.DataFrame, check: str, seed: int, measure: str = "spearman
     Returns
     -------
     Interval
-        Paired by image, mean over the methods that can be harmonized; below 0: harmonizing dulls the check.
+        Paired by image, mean over the methods that can be harmonized; above 0: harmonizing sharpens the check.
     """
     both = _paired(table, check)
     both = both[(both["measure"] == measure) & ~both["method"].isin(CONTROLS)]
@@ -404,7 +404,7 @@ def measured(run: Run, weights: pd.DataFrame, labels: pd.DataFrame) -> dict[str,
         "sanity_labels": least_sensitive([by_labels], SINGLE)[1],
         "sanity_floor": bootstrap_interval(path.to_numpy(float), seed),
         "harmonized_sanity": least_sensitive([by_weights, by_labels], HARMONIZED)[1],
-        "harmonized_dulls": dulling(weights, CASCADING, seed),
+        "harmonized_sharpens": sharpening(weights, CASCADING, seed),
     }
 
 
@@ -507,7 +507,7 @@ def stage_panels(
     labels: list[str] = []
     for method in shown:
         for name in (first, HARMONIZED):
-            if (name, method) in maps["trained"]:
+            if (name, method) in maps["trained"] and not (name == HARMONIZED and method in CONTROLS):
                 row = [
                     (_centered(each[name, method][image], name), step if not rows else "")
                     for step, each in maps.items()
@@ -562,6 +562,11 @@ def curves(table: pd.DataFrame, kind: str, seed: int, measure: str = "spearman")
         stages, and the second seed (mean over single models) as stage 0.
     """
     part = table[table["measure"] == measure]
+    names = [*(name for name in dict.fromkeys(part["model"]) if name != HARMONIZED), HARMONIZED, SECOND_SEED]
+    part = part.assign(
+        method=pd.Categorical(part["method"], list(dict.fromkeys(part["method"]))),
+        model=pd.Categorical(part["model"], names),
+    )
     keys = ["method", "model", "stage"]
     lines = summarize(part[part["check"] == kind], keys, "value", seed).assign(check=kind)
     seeds = part[(part["check"] == SECOND_SEED) & (part["model"] != HARMONIZED)].assign(model=SECOND_SEED)
@@ -619,8 +624,6 @@ def draw_curves(lines: pd.DataFrame, count: int, title: str, columns: int = 5) -
             found.setdefault(name, handle)
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=5, fontsize=7)
     figure.supylabel("Spearman correlation with the trained model's map", fontsize=7.5)
-    where = "weights randomized, from the logits down" if cascades else "the one stage randomized (1: logits' layer)"
-    figure.supxlabel(where, fontsize=7.5)
     figure.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
     return figure
 
@@ -649,7 +652,7 @@ def draw_sensitivity(found: pd.DataFrame, title: str) -> Figure:
         part = found[found["maps"] == maps].assign(method=lambda rows: pd.Categorical(rows["method"], order))
         plots.forest(ax, part, "method", plots.label(maps).capitalize(), "", "measure")
         ax.set_ylim(len(order) - 0.5, -0.5)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=7)
     figure.supxlabel("similarity to a second seed − similarity to the destroyed model", fontsize=8)
     figure.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
     return figure
@@ -873,7 +876,7 @@ def draw_card(card: pd.DataFrame, pair: pd.DataFrame, methods: Sequence[str]) ->
     """
     heights = [len(methods), 2]
     figure, axes = plt.subplots(
-        2, 1, figsize=(7.6, 0.29 * sum(heights) + 1.9), height_ratios=heights, sharex=True, layout="constrained"
+        2, 1, figsize=(7.6, 0.29 * sum(heights) + 1.9), height_ratios=heights, layout="constrained"
     )
     colors = plt.get_cmap("YlGnBu")
     for ax, table, rows in ((axes[0], card, list(methods)), (axes[1], pair, [SINGLE, HARMONIZED])):
@@ -894,7 +897,7 @@ def draw_card(card: pd.DataFrame, pair: pd.DataFrame, methods: Sequence[str]) ->
     arrows = [f"{check.title} {'↑' if check.better > 0 else '↓'}" for check in CHECKS.values()]
     axes[0].xaxis.tick_top()
     axes[0].set_xticks(np.arange(len(CHECKS)) + 0.5, arrows, fontsize=6.5, rotation=55, ha="left")
-    axes[1].tick_params(labeltop=False, labelbottom=False)
+    axes[1].set_xticks([])
     axes[1].set_title("mean over methods; darker: better with a 95 % interval", fontsize=7, fontweight="normal")
     figure.suptitle(
         "Report card (↑ higher, ↓ lower is better; darker: beats more methods)",
@@ -943,14 +946,15 @@ def draw_ledger(ledger: pd.DataFrame, columns: int = 6) -> Figure:
             ax.add_patch(plt.Rectangle((x, top), 0.97, 0.94, facecolor=color, edgecolor="none"))
             name = "\n".join(textwrap.wrap(claim.id.replace("_", " "), 17))
             ax.text(x + 0.485, top + 0.32, name, ha="center", va="center", fontsize=7)
-            said = f"{float(claim.estimate):.2f} [{float(claim.low):.2f}, {float(claim.high):.2f}]"
+            numbers = [float(value) for value in (claim.estimate, claim.low, claim.high)]
+            said = "not measured" if np.isnan(numbers[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
             ax.text(x + 0.485, top + 0.76, said, ha="center", va="center", fontsize=6)
         y += -(-len(part) // columns)
     ax.set(xlim=(0, columns), ylim=(y, 0))
     ax.axis("off")
     patches = [plt.Rectangle((0, 0), 1, 1, facecolor=color) for color in VERDICT_COLORS.values()]
-    numbers = [f"{verdict} ({(ledger['verdict'] == verdict).sum()})" for verdict in VERDICT_COLORS]
-    figure.legend(patches, numbers, loc="outside lower center", ncols=4, fontsize=7)
+    counted = [f"{verdict} ({(ledger['verdict'] == verdict).sum()})" for verdict in VERDICT_COLORS]
+    figure.legend(patches, counted, loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(
         "The claims, judged by criteria stated beforehand (estimate, 95 % interval)",
         fontsize=9,

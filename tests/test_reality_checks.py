@@ -57,7 +57,7 @@ def test_without_second_seeds_nothing_is_judged(run):
     assert len(found) == 0
     assert checks.least_sensitive([found], checks.SINGLE)[1].n == 0
     assert checks.label_table(run, {}).empty
-    assert checks.dulling(table, checks.CASCADING, 0).n == 0
+    assert checks.sharpening(table, checks.CASCADING, 0).n == 0
 
 
 def test_a_map_undefined_for_a_member_is_undefined_for_all():
@@ -102,9 +102,9 @@ def slow_drop(table: pd.DataFrame, models: list[str], method: str, measure: str,
     return tuple(np.mean(pairs, axis=0))
 
 
-def test_sensitivity_and_dulling_against_loops():
+def test_sensitivity_and_sharpening_against_loops():
     table = scores()
-    found = checks.sensitivity(table, checks.CASCADING, 0).set_index(["maps", "measure", "method"])
+    found = checks.sensitivity(table, checks.CASCADING, 0).set_index(["maps", "measure", "method"]).sort_index()
     assert len(found) == 2 * 2 * 3
     images = [f"i{i}" for i in range(6)]
     for (maps, measure, method), row in found.iterrows():
@@ -121,7 +121,7 @@ def test_sensitivity_and_dulling_against_loops():
         ]
         for kind, models in (("harmonized", ["harmonized"]), ("members", ["a", "b"]))
     }
-    interval = checks.dulling(table, checks.CASCADING, 0)
+    interval = checks.sharpening(table, checks.CASCADING, 0)
     assert interval.mean == pytest.approx(np.mean(drops["harmonized"]) - np.mean(drops["members"]))
     worst, least = checks.least_sensitive([found.reset_index()], checks.SINGLE)
     singles = found.loc[(checks.SINGLE, "spearman")].drop("edges")["mean"].astype(float)
