@@ -35,6 +35,7 @@ from harmonize_lib.storage import remember, sha256_tensors
 from harmonize_lib.tabular_priors import Perceptrons
 
 VERSION = 1
+DEMO_VERSION = 2
 ROWS = 64  # in one pass
 BLOCKS = 4  # estimates of the largest size that a completeness curve is made of
 STRATIFIED = (4, 16, 64)
@@ -336,11 +337,6 @@ class _Saturated(nn.Module):
         return self.output(self.networks(x.view(-1, self.networks.weights[0].shape[0], 2))).flatten()
 
 
-def _both_log_probabilities(z: Tensor) -> Tensor:
-    """log p + log(1 - p), whose gradient Ross et al. 2017 penalize."""
-    return F.logsigmoid(z) + F.logsigmoid(-z)
-
-
 def _demo_data(seeds: Sequence[int]) -> Tensor:
     """(rows, R): x_1 = x_2 = y, fair coins."""
     coins = [torch.rand(DEMO_ROWS, generator=torch.Generator().manual_seed(seed)) < 0.5 for seed in seeds]
@@ -369,14 +365,14 @@ def _demonstrate(method: str, samples: int, logarithm: bool, seeds: Sequence[int
         networks.weights[0].copy_(torch.tensor(NETWORK[0]).expand(count, 2, 1))
         networks.biases[0].copy_(torch.tensor(NETWORK[1]).expand(count, 1, 1))
     model = _Saturated(networks, torch.sigmoid)
-    explained = _Saturated(networks, _both_log_probabilities) if logarithm else model
+    explained = _Saturated(networks, F.logsigmoid) if logarithm else model
     optimizer = torch.optim.Adam(networks.parameters(), lr=DEMO_RATE)
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
     generator = torch.Generator().manual_seed(seeds[0])
     zeros, which, history = torch.zeros(1, 2), torch.arange(count), [_dependence(model, count)]
     for _ in range(epochs):
         order = torch.stack([torch.randperm(DEMO_ROWS, generator=g) for g in orders], 1)
-        for rows in order.split(DEMO_BATCH):
+        for rows in order[: DEMO_ROWS // DEMO_BATCH * DEMO_BATCH].split(DEMO_BATCH):
             labels = y[rows, which].flatten()
             x = labels[:, None].expand(-1, 2).contiguous()
             values = training_attributions(explained, x, None, zeros, samples, method, generator)
@@ -392,7 +388,7 @@ def demonstration(run: study.Run) -> pd.DataFrame:
     """Train networks that see the answer twice to ignore its second copy, by a penalty on its attribution.
 
     x_1 = x_2 = y are fair coins; sigmoid(10 x_1 + 10 x_2 - 6) starts saturated; loss = cross-entropy + mean |phi_2|;
-    the reference is (0, 0); Adam at 0.01, batches of 64 of 1000 rows.
+    the reference is (0, 0); Adam at 0.01, batches of 64 of 1000 rows, what is left of a batch dropped.
 
     Parameters
     ----------
@@ -409,7 +405,7 @@ def demonstration(run: study.Run) -> pd.DataFrame:
     parts = []
     for name, (method, samples) in tqdm(DEMO.items(), desc="demonstration"):
         task = (method, samples, name == "gradients of log p", list(seeds), settings.demo_epochs)
-        key = {"task": list(task), "version": VERSION}
+        key = {"task": list(task), "version": DEMO_VERSION}
         values = remember("demonstration", key, partial(_demonstrate, *task))["dependence"]
         epoch, seed = np.meshgrid(np.arange(len(values)), np.array(seeds), indexing="ij")
         columns = {"seed": seed.ravel(), "epoch": epoch.ravel(), "dependence": values.numpy().ravel()}

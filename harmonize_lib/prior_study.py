@@ -667,7 +667,8 @@ def draw_front(table: pd.DataFrame, chosen: dict[str, float], tolerance: float) 
         The figure.
     """
     figure, ax = plt.subplots(figsize=(5.2, 3.4))
-    for (arm, part), color in zip(table.groupby("arm", sort=False), sns.color_palette("colorblind"), strict=False):
+    groups = table.groupby("arm", sort=False)
+    for (arm, part), color, lift in zip(groups, sns.color_palette("colorblind"), (0, -9, 4), strict=False):
         ax.errorbar(
             part["prior"],
             part["mean"],
@@ -682,7 +683,7 @@ def draw_front(table: pd.DataFrame, chosen: dict[str, float], tolerance: float) 
         for row in part.itertuples():
             if row.weight:
                 ax.annotate(
-                    f"λ = {row.weight:g}", (row.prior, row.mean), (4, 4), textcoords="offset points", fontsize=6
+                    f"λ = {row.weight:g}", (row.prior, row.mean), (4, lift), textcoords="offset points", fontsize=6
                 )
         ring = part[part["weight"] == chosen[str(arm)]]
         ax.plot(ring["prior"], ring["mean"], "o", ms=10, mfc="none", mec=color)

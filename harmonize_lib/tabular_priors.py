@@ -851,7 +851,7 @@ def draw_graph(results: Mapping[str, Mapping[str, Tensor]]) -> tuple[Figure, pd.
         The figure and both tables.
     """
     table = means(results, ["r2"])
-    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.0), width_ratios=(1.1, 1))
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.4), width_ratios=(1.1, 1))
     by_share = table[table["arm"].str.startswith("rewired")]
     share = by_share["arm"].str.removeprefix("rewired ").astype(float)
     axes[0].plot(share, by_share["r2"], "o-", ms=4, lw=1.3, label="graph prior on expected gradients")
@@ -860,7 +860,7 @@ def draw_graph(results: Mapping[str, Mapping[str, Tensor]]) -> tuple[Figure, pd.
     for row, dash in zip(others.to_dict("records"), ("-", "--", "-.", ":"), strict=True):
         axes[0].axhline(row["r2"], color="0.35", ls=dash, lw=1, label=_graph_name(row["arm"]))
     axes[0].set(title="Graph prior and the graph's truth", xlabel="share of edges rewired", ylabel="R² on test samples")
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     differences = paired_table(results, TRUE_GRAPH, ["r2"]) if TRUE_GRAPH in results else pd.DataFrame()
     if len(differences):
         named = differences.assign(arm=differences["arm"].map(_graph_name))
