@@ -154,7 +154,7 @@ def draw(view: View) -> Figure:
     axes[3].set(xlim=(0, 1.7), xticks=[0, 0.5, 1], ylim=(len(names) - 0.5, -0.5))
     axes[3].tick_params(axis="x", labelsize=6.5)
     axes[3].set_xlabel("probability of the label; prediction", fontsize=6.5)
-    axes[3].legend(fontsize=6, loc="upper right", bbox_to_anchor=(1, -0.1))
+    figure.legend(*axes[3].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=6.5)
     figure.suptitle(view.title, fontsize=9, fontweight="bold", x=0.01, ha="left")
     return figure
 

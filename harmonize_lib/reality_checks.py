@@ -896,7 +896,9 @@ def draw_card(card: pd.DataFrame, pair: pd.DataFrame, methods: Sequence[str]) ->
             side.set_visible(False)
     arrows = [f"{check.title} {'↑' if check.better > 0 else '↓'}" for check in CHECKS.values()]
     axes[0].xaxis.tick_top()
-    axes[0].set_xticks(np.arange(len(CHECKS)) + 0.5, arrows, fontsize=6.5, rotation=55, ha="left")
+    axes[0].set_xticks(
+        np.arange(len(CHECKS)) + 0.5, arrows, fontsize=6.5, rotation=50, ha="left", rotation_mode="anchor"
+    )
     axes[1].set_xticks([])
     axes[1].set_title("mean over methods; darker: better with a 95 % interval", fontsize=7, fontweight="normal")
     figure.suptitle(
