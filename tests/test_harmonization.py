@@ -445,7 +445,7 @@ def test_consistency_of_equal_and_of_unrelated_maps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("rules", ["mean", "bord"]), ("rule", "bord")])
 def test_an_unknown_rule_is_named(name: str, value: object) -> None:
-    with pytest.raises(HarmonizeError, match="unknown rule 'bord'.*borda"):
+    with pytest.raises(HarmonizeError, match=r"unknown rule 'bord'.*borda"):
         check("05_harmonisation", {name: value})
 
 

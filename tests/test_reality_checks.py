@@ -23,7 +23,9 @@ def run(monkeypatch, tmp_path) -> Run:
     """Three untrained networks, three images."""
     monkeypatch.setattr("harmonize_lib.paths.CACHE", tmp_path / "cache")
     models = {name: tiny.model(name) for name in ("vgg", "vit", "resnet")}
-    settings = parameters.RealityChecks.model_construct(models=list(models), methods=["saliency", "grad_cam", "edges"], stages=3)
+    settings = parameters.RealityChecks.model_construct(
+        models=list(models), methods=["saliency", "grad_cam", "edges"], stages=3
+    )
     return Run("13_reality_checks", settings, load_dataset("shapes-on-scenes", "test", 3), models, tmp_path, 0.0)
 
 
