@@ -445,7 +445,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     state: Any
     try:
         safe = path.suffix == ".safetensors"
-        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return {name: torch.as_tensor(value) for name, value in state.items()}
     except Exception as error:
