@@ -27,4 +27,4 @@ lint: env
 
 test: lint
 	$(BIN)/python -m pytest tests
-	OMP_NUM_THREADS=1 HARMONIZE_FIGURES=$(CURDIR)/$(VENV)/figures $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
+	ls notebooks/*.ipynb | OMP_NUM_THREADS=1 HARMONIZE_FIGURES=$(CURDIR)/$(VENV)/figures xargs -n 1 -P 2 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 1800

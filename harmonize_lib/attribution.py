@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harmonize_lib import cam, controls, gradients, perturbation
+from harmonize_lib import cam, controls, decomposition, gradients, perturbation
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.storage import sha256_tensors
 from harmonize_lib.tasks import Result, Task, in_batches, logits_of, pick, prepare
@@ -107,6 +107,7 @@ METHODS: dict[str, Method] = {
     "occlusion": Method(perturbation.occlusion),
     "rise": Method(perturbation.rise, stochastic=True),
     "attention_rollout": Method(cam.attention_rollout, defined=cam.rollout_reason, patches=True),
+    "contextual_decomposition": Method(decomposition.patch_contributions, patches=True),
     "random": Method(controls.random, stochastic=True),
     "center": Method(controls.center),
     "edges": Method(controls.edges),

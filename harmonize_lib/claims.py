@@ -33,6 +33,10 @@ def _above(full: float, part: float) -> Callable[[Interval], str]:
     return lambda i: REPRODUCED if i.low > full else PARTLY if i.low > part else NOT
 
 
+def _mean_below(full: float) -> Callable[[Interval], str]:
+    return lambda i: REPRODUCED if i.high < full else PARTLY if i.mean < full else NOT
+
+
 def _positive(i: Interval) -> str:
     return REPRODUCED if i.low > 0 else PARTLY if i.mean > 0 else NOT
 
@@ -41,9 +45,21 @@ def _negative(i: Interval) -> str:
     return REPRODUCED if i.high < 0 else PARTLY if i.mean < 0 else NOT
 
 
+def _within(low: float, high: float) -> Callable[[Interval], str]:
+    return lambda i: REPRODUCED if low < i.low and i.high < high else PARTLY if low < i.mean < high else NOT
+
+
+def _below(full: float, part: float) -> Callable[[Interval], str]:
+    return lambda i: REPRODUCED if i.high < full else PARTLY if i.high < part else NOT
+
+
 SIGN = "reproduced: the 95 % interval lies {side} 0; partly: only the mean does; else not reproduced"
 KADIR = "Kadir et al. 2023"
+BAM = "Yang & Kim 2019"
 PROJECT = "this project's question"
+ERION = "Erion et al. 2021"
+SINGH = "Singh, Ha, Yu 2021"
+AUDIT = "Explainability sanity audit (BaurothM)"
 
 CLAIMS: dict[str, Claim] = {
     "transfer": Claim(
@@ -116,6 +132,325 @@ CLAIMS: dict[str, Claim] = {
         SIGN.format(side="above"),
         _positive,
     ),
+    "eg_complete": Claim(
+        ERION,
+        "Expected gradients are complete: they sum to f(x) minus the mean output over references (axiom)",
+        "slope of log completeness gap over log number of references, independent draws",
+        "reproduced: the 95 % interval lies in (-0.6, -0.4); partly: the mean does; else not reproduced",
+        _within(-0.6, -0.4),
+    ),
+    "eg_one_draw": Claim(
+        ERION,
+        "One draw per step suffices: dependence gone after about 68 epochs, with five draws after about 59 (figure)",
+        "epochs until the dependence is gone: one draw per step over five draws, same seeds",
+        "reproduced: upper bound < 1.5; partly: upper bound < 5; else not reproduced",
+        _below(1.5, 5),
+    ),
+    "eg_gradients_saturate": Claim(
+        ERION,
+        "A penalty on gradients does not remove the dependence: about .16 is left after 200 epochs (figure)",
+        "dependence left after the last epoch: penalty on gradients minus penalty on expected gradients, one draw",
+        "reproduced: lower bound > 0.1; partly: lower bound > 0; else not reproduced",
+        _above(0.1, 0.0),
+    ),
+    "eg_benchmark": Claim(
+        ERION,
+        "Expected gradients beat integrated gradients on 17 of 18 metrics (Correlated Groups 60, p = 7.2e-5)",
+        "share of the 18 metrics on which expected gradients score higher than integrated gradients, over seeds",
+        "reproduced: lower bound > 0.5; partly: only the mean; else not reproduced",
+        lambda i: REPRODUCED if i.low > 0.5 else PARTLY if i.mean > 0.5 else NOT,
+    ),
+    "eg_blindness": Claim(
+        ERION,
+        "Integrated gradients from a black image cannot see black pixels, expected gradients can (SI, figure 3)",
+        "mean |expected gradients| on black pixels over that elsewhere; integrated gradients from black give 0",
+        "reproduced: lower bound > 1; partly: lower bound > 0.5; else not reproduced",
+        _above(1.0, 0.5),
+    ),
+    "prior_flipped_pixels": Claim(
+        ERION,
+        "The pixel prior makes networks robust: MNIST at 10 % flipped pixels .9128 with it, .4905 without (repository)",
+        "test accuracy on the notebook's images (8 × 8 digits unless told otherwise) at 10 % flipped pixels: prior on "
+        "expected gradients minus baseline, weight by the 1 % rule",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_gaussian_noise": Claim(
+        ERION,
+        "More than double the accuracy of the baseline at high levels of Gaussian noise (CIFAR-10, text)",
+        "test accuracy on the same images under Gaussian noise, mean over levels: prior minus baseline, same weight",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_graph": Claim(
+        ERION,
+        "The graph prior raises R² from about .377 to about .395 (AML drug response; read off a figure; p = .002)",
+        "R² on simulated expression: prior with the true graph minus none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_graph_random": Claim(
+        ERION,
+        "It is the graph that helps: a random graph does not (p = .23)",
+        "R² on simulated expression: prior with the true graph minus prior with a random graph",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_sparsity_auc": Claim(
+        ERION,
+        "The sparsity prior predicts best from 100 samples: ROC-AUC about .782, L1 about .759 (NHANES, off a figure)",
+        "test ROC-AUC: sparsity prior minus the best of none, L1, L2, sparse group lasso, gradient Gini",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_sparsity_gini": Claim(
+        ERION,
+        "The sparsity prior concentrates importance most: Gini about .840, L1 about .714 (NHANES, off a figure)",
+        "Gini of mean |expected gradients|: sparsity prior minus the highest of none, L1, L2, sparse group lasso, "
+        "gradient Gini",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_consensus_agrees": Claim(
+        PROJECT,
+        "Training towards the consensus of others brings maps closer to those of an architecture nobody trained on",
+        "Spearman with a held-out architecture's maps on patches: consensus prior minus as many epochs without",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_consensus_localizes": Claim(
+        PROJECT,
+        "Training towards the consensus of others makes maps find the object",
+        "relevance rank against the object mask: consensus prior minus as many epochs without",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "prior_consensus_specific": Claim(
+        PROJECT,
+        "It is what the others learned that helps, not a smooth target",
+        "relevance rank against the object mask: prior towards trained models' maps minus prior towards random models'",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "sanity_weights": Claim(
+        PROJECT,
+        "Maps depend on the weights: randomizing all of them changes every method's maps more than training from "
+        "another seed does",
+        "Spearman with the maps of a second seed minus with those of the randomized model, for the method where it is "
+        "least",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "sanity_labels": Claim(
+        PROJECT,
+        "Maps depend on the labels: a model that memorized random labels has other maps than one trained from another "
+        "seed, by every method",
+        "Spearman with the maps of a second seed minus with those of the model of random labels, for the method where "
+        "it is least",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "sanity_floor": Claim(
+        AUDIT,
+        "Integrated gradients never reach the floor under cascading randomization (Spearman at its end 0.345, 0.389, "
+        "0.375 for ResNet50, ViT-B/16, MobileViT-S on ImageNet)",
+        "Spearman of integrated gradients before and after all weights are randomized, mean over architectures",
+        "reproduced: lower bound > 0.1; partly: lower bound > 0; else not reproduced",
+        _above(0.1, 0.0),
+    ),
+    "harmonized_sanity": Claim(
+        PROJECT,
+        "Harmonized maps pass the checks of weights and labels by every method",
+        "Spearman with the consensus of second seeds minus with the consensus of destroyed models, for the method and "
+        "check where it is least",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "harmonized_sharpens": Claim(
+        PROJECT,
+        "Harmonizing sharpens the check of weights rather than dulling it",
+        "the difference of sanity_weights for harmonized maps minus the mean of their members, mean over methods",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cd_interactions": Claim(
+        SINGH,
+        "Contextual decomposition captures interactions of features (ACD; no number given)",
+        "AUC of planted pairs of features among all, by mean |interaction|, over networks of all kinds",
+        "reproduced: the 95 % interval lies above 0.95; partly: above 0.5; else not reproduced",
+        _above(0.95, 0.5),
+    ),
+    "cd_over_baselines": Claim(
+        PROJECT,
+        "Contextual decomposition finds interactions better than occlusion and build-up",
+        "AUC of planted pairs in single inputs: contextual decomposition minus each kind's better baseline",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "acd_stability": Claim(
+        SINGH,
+        "Under FGSM ACD's order of pixels is more stable than agglomerative occlusion's (0.590, 0.131; ImageNet)",
+        "Spearman of the order in which pixels enter, before and after FGSM, digits: ACD minus agglomerative occlusion",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_color": Claim(
+        SINGH,
+        "On ColorMNIST CDEP regains accuracy (31.0 %; 25.1 %, 34.25 % in its code), RRR and no penalty stay at 0.2 %",
+        "color digits turned around, λ by shifted validation: better CDEP penalty minus best of RRR, EG, none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_color_unknown": Claim(
+        ERION,
+        "On ColorMNIST CDEP wins (SI B)",
+        "color digits turned around, λ by unshifted validation: better CDEP penalty minus best of RRR, EG, none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_decoy": Claim(
+        SINGH,
+        "On DecoyMNIST CDEP reaches 97.2 % (RRR 99.0 %)",
+        "decoy digits turned around, λ by shifted validation: better CDEP penalty minus none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_decoy": Claim(
+        ERION,
+        "On DecoyMNIST EG and RRR win over CDEP (SI B)",
+        "decoy digits turned around, λ by shifted validation: worse of EG and RRR minus better CDEP penalty",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_decoy_unknown": Claim(
+        ERION,
+        "On DecoyMNIST EG and RRR win over CDEP (SI B)",
+        "decoy digits turned around, λ by unshifted validation: worse of EG and RRR minus better CDEP penalty",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_rrr_cost": Claim(
+        ERION,
+        "EG and RRR are faster than CDEP (SI B, a whole VGG16)",
+        "processor time of a training step in ms, decoy digits: faster CDEP penalty minus slower of EG and RRR",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "trim_recovery": Claim(
+        SINGH,
+        "TRIM finds the coefficient of a transform that a response depends on (simulation; no number given)",
+        "share of simulations in which that coefficient ranks first, the worst of all transforms and methods",
+        "reproduced: the 95 % interval lies above 0.9; partly: above 0.5; else not reproduced",
+        _above(0.9, 0.5),
+    ),
+    "awd_recovery": Claim(
+        PROJECT,
+        "Wavelet distillation recovers the wavelet the data were made with",
+        "cosine to the generating filter after the best shift and sign, over wavelets and seeds",
+        "reproduced: the 95 % interval lies above 0.95; partly: above 0.9; else not reproduced",
+        _above(0.95, 0.9),
+    ),
+    "awd_over_db5": Claim(
+        SINGH,
+        "AWD predicts better than a fixed db5 (R² 0.262 against 0.197, clathrin)",
+        "simulated signals, R² of least squares on peaks: AWD minus db5",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_over_teacher": Claim(
+        SINGH,
+        "AWD predicts better than the network it was distilled from (R² 0.262 against 0.237, clathrin)",
+        "simulated signals, R²: least squares on AWD's peaks minus the teacher",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_interpretation": Claim(
+        SINGH,
+        "Without the interpretation loss AWD predicts worse (R² 0.231 against 0.262, clathrin)",
+        "simulated signals, R² of least squares on peaks: AWD minus the same without the interpretation loss",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "awd_compression": Claim(
+        SINGH,
+        "AWD compresses better than db5 (0.574 against 0.704, clathrin)",
+        "simulated signals, share of coefficients that hold 95 % of the energy: AWD minus db5",
+        SIGN.format(side="below"),
+        _negative,
+    ),
+    "bam_grad_cam_contrast": Claim(
+        BAM,
+        "Grad-CAM has the highest model contrast score (as citing work reports it; no number at hand)",
+        "MCS on ReLU CNNs: Grad-CAM minus the best other method, chosen on the other half of the images",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "bam_smoothgrad_gradient": Claim(
+        BAM,
+        "SmoothGrad improves the gradient (as citing work reports it; its SmoothGrad squares the gradients)",
+        "MCS on ReLU CNNs: SmoothGrad² minus saliency",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "bam_smoothgrad_ig": Claim(
+        BAM,
+        "SmoothGrad improves integrated gradients (as citing work reports it)",
+        "MCS on ReLU CNNs: IG + SmoothGrad minus integrated gradients",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "bam_dependence": Claim(
+        BAM,
+        "Grad-CAM and the gradient have the fewest false positives on input dependence (as citing work reports it)",
+        "false positives 1 − IDR on ReLU CNNs: mean of Grad-CAM and saliency minus mean of the other methods",
+        SIGN.format(side="below"),
+        _negative,
+    ),
+    "bam_independence": Claim(
+        BAM,
+        "All methods but Grad-CAM and the gradient have over 80 % false positives on input independence "
+        "(as citing work reports it)",
+        "false positives 1 − IIR on ReLU CNNs: the best of the other methods, chosen on the other half of the images",
+        "reproduced: lower bound > 0.8; partly: lower bound > 0.5; else not reproduced",
+        _above(0.8, 0.5),
+    ),
+    "bam_rankings": Claim(
+        BAM,
+        "Rankings of methods vary by metric (as citing work reports it)",
+        "Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order)",
+        "reproduced: the 95 % interval lies below 0.7, the threshold of strong agreement; partly: only the estimate; "
+        "else not reproduced",
+        _mean_below(0.7),
+    ),
+    "bam_relative": Claim(
+        BAM,
+        "Relative model contrast follows accuracy drop (correlation 0.92 for Grad-CAM, as a review reports it)",
+        "Pearson correlation of Grad-CAM's RMCS with accuracy drop over commonality, mean over architectures",
+        "reproduced: lower bound > 0.8; partly: lower bound > 0; else not reproduced",
+        _above(0.8, 0.0),
+    ),
+    "harmonized_dependence": Claim(
+        PROJECT,
+        "Harmonizing lowers false positives on input dependence",
+        "1 − IDR: consensus of the others minus its members, each under the same rule alone",
+        SIGN.format(side="below"),
+        _negative,
+    ),
+    "harmonized_independence": Claim(
+        PROJECT,
+        "Harmonizing lowers false positives on input independence",
+        "1 − IIR: consensus of the others minus its members, each under the same rule alone",
+        SIGN.format(side="below"),
+        _negative,
+    ),
+    "harmonized_inherits": Claim(
+        PROJECT,
+        "Harmonizing inherits a shared shortcut: where all members were trained for scenes, the consensus neglects the "
+        "object as they do",
+        "share of the members' neglect (their MCS) that is left in the consensus (its MCS)",
+        "reproduced: lower bound > 0.5; partly: lower bound > 0; else not reproduced",
+        _above(0.5, 0.0),
+    ),
 }
 
 
@@ -154,6 +489,23 @@ def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame
     return table
 
 
+def gather_claims(figures: Path) -> pd.DataFrame:
+    """Read every notebook's claims.
+
+    Parameters
+    ----------
+    figures : Path
+        The figures folder.
+
+    Returns
+    -------
+    pd.DataFrame
+        The ledger as text, in the order of the notebooks.
+    """
+    parts = [pd.read_csv(path, dtype=str) for path in sorted(figures.glob("*/claims.csv"))]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
+
+
 def merge_claims(figures: Path) -> pd.DataFrame:
     """Gather every notebook's claims into ``claims.csv`` of the figures folder.
 
@@ -185,9 +537,7 @@ def ledger_text(figures: Path) -> str:
     str
         Header and one line per claim, in the order of the notebooks.
     """
-    parts = [pd.read_csv(path, dtype=str) for path in sorted(figures.glob("*/claims.csv"))]
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
-    return table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    return gather_claims(figures).to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
 
 
 def in_words(ledger: pd.DataFrame) -> str:

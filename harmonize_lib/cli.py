@@ -20,6 +20,7 @@ from tqdm import tqdm
 from typer.exceptions import TyperException
 
 from harmonize_lib import paths, plots
+from harmonize_lib.bam_data import build_bam
 from harmonize_lib.claims import merge_claims, update_readme
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
@@ -331,7 +332,7 @@ def train(
 
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(help="shapes-on-scenes, imagefolder:DIR, mnist:DIR, …")] = "shapes-on-scenes",
+    name: Annotated[str, typer.Argument(help="shapes-on-scenes, bam:DIR, imagefolder:DIR, …")] = "shapes-on-scenes",
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
     n: Annotated[int, typer.Option(help="how many images")] = 100,
 ) -> None:
@@ -341,6 +342,21 @@ def data(
     print(f"{dataset.name}: {len(dataset)} images {tuple(dataset.images.shape[1:])}, {len(dataset.classes)} classes")
     print(f"images per class: {int(counts.min())} to {int(counts.max())}")
     print("masks: " + ("none" if dataset.masks is None else f"cover {dataset.masks.float().mean():.1%} of the image"))
+
+
+@app.command("build-bam")
+def build_bam_set(
+    annotations: Annotated[Path, typer.Argument(help="COCO's instances_*.json")],
+    photographs: Annotated[Path, typer.Argument(help="folder of its images")],
+    places: Annotated[Path, typer.Argument(help="folder with one folder of images per scene")],
+    out: Annotated[Path, typer.Argument(help="new folder for the set")],
+    per_class: Annotated[int, typer.Option(help="images per pair of object and scene")] = 1000,
+    seed: Annotated[int, typer.Option(help="seed of sizes and locations")] = 0,
+    as_published: Annotated[bool, typer.Option(help="with the quirks of the published builder")] = False,
+) -> None:
+    """Build BAM in its published layout from COCO instances and MiniPlaces."""
+    for name, count in build_bam(annotations, photographs, places, out, per_class, seed, as_published).items():
+        print(f"{name}: {count} images")
 
 
 @app.command()

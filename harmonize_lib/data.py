@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from harmonize_lib import shapes
 from harmonize_lib.errors import HarmonizeError, unknown
 
-LABELS = ("obj", "scene", "scene_only")
+LABELS = ("obj", "scene", "scene_only", "random_labels")
 TEST_SIZE = 10_000
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -106,12 +107,16 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     Parameters
     ----------
     name : str
-        ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only"``, ``commonality=k`` with
-        ``object=name``: that object in the first k of 10 scene classes, nothing in the others),
-        ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224), or
+        ``"shapes-on-scenes"`` (options ``labels="obj" | "scene" | "scene_only" | "random_labels"``, the last those of
+        objects in a random order; ``commonality=k`` with ``object=name``: that object in the first k of 10 scene
+        classes, nothing in the others),
+        ``"imagefolder:DIR"`` (option ``size``: side of the common center crop, default 224),
+        ``"bam:DIR"`` (the published BAM folders; options ``labels`` but the last, ``size``: side to resize to,
+        ``prefix`` of the file names), or
         ``"mnist:DIR"``, ``"fashion-mnist:DIR"``, ``"cifar10:DIR"`` (option ``download``).
     split : str
-        ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``.
+        ``"train"``, ``"val"`` or ``"test"``. An image folder has one split; MNIST and its kin have no ``"val"``;
+        BAM's ``"test"`` is its ``"val"``.
     n : int | None
         How many images; None takes all (10,000 of shapes-on-scenes).
     seed : int
@@ -138,6 +143,7 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     allowed = {
         "shapes-on-scenes": {"labels", "commonality", "object"},
         "imagefolder": {"size"},
+        "bam": {"labels", "size", "prefix"},
     }.get(kind, {"download"})
     for option in options:
         if option not in allowed:
@@ -178,14 +184,17 @@ def _shapes_on_scenes(
         mask[bare], moved_mask[bare] = False, False
     if labels == "scene_only":
         with_object, mask = without, np.zeros_like(mask)
-    by_scene = labels != "obj" or commonality is not None
+    by_scene = labels.startswith("scene") or commonality is not None
+    given = scene_labels if by_scene else object_labels
+    if labels == "random_labels":
+        given = np.random.default_rng([seed, n]).permutation(object_labels)
 
     def channels_first(images: np.ndarray) -> Tensor:
         return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
     return Dataset(
         images=channels_first(with_object),
-        labels=torch.from_numpy(scene_labels if by_scene else object_labels),
+        labels=torch.from_numpy(given),
         classes=tuple(shapes.SCENES) if by_scene else shapes.OBJECTS,
         masks=torch.from_numpy(mask),
         ids=tuple(f"{split}-{seed}-{i:06d}" for i in range(n)),
@@ -315,6 +324,12 @@ def _imagefolder(name: str, split: str, n: int | None, seed: int, size: int = 22
     )
 
 
+def _bam(name: str, split: str, n: int | None, seed: int, **options: Any) -> Dataset:
+    from harmonize_lib.bam_data import read_bam
+
+    return read_bam(Path(name.partition(":")[2]).expanduser(), split, n, seed, **options)
+
+
 def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool = False) -> Dataset:
     import torchvision
 
@@ -345,5 +360,6 @@ def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool
 LOADERS: dict[str, Callable[..., Dataset]] = {
     "shapes-on-scenes": _shapes_on_scenes,
     "imagefolder": _imagefolder,
+    "bam": _bam,
     **dict.fromkeys(TORCHVISION, _torchvision),
 }

@@ -81,6 +81,24 @@ def extract(
     }
 
 
+def centered(method: str, values: Tensor) -> Tensor:
+    """A map about zero, to be drawn: RISE's, a mean probability, minus its median; all others as they are.
+
+    Parameters
+    ----------
+    method : str
+        The attribution method.
+    values : Tensor
+        (H, W).
+
+    Returns
+    -------
+    Tensor
+        (H, W).
+    """
+    return values - values.median() if method == "rise" else values
+
+
 def completeness_table(records: Records) -> pd.DataFrame:
     """How far the sum of the attributions is from what it should be, for the methods that promise one.
 

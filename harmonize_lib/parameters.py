@@ -21,7 +21,37 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
 SIDES = {"shapes-on-scenes": 64, "imagefolder": 224, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
+BAM_METHODS = [
+    "saliency",
+    "input_x_gradient",
+    "smoothgrad",
+    "smoothgrad_squared",
+    "guided_backprop",
+    "deeplift",
+    "integrated_gradients",
+    "integrated_gradients_smoothgrad",
+    "expected_gradients",
+    "grad_cam",
+    "guided_grad_cam",
+    "occlusion",
+    "attention_rollout",
+]
 STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
+CHEAP: dict[str, dict[str, Any]] = {
+    "smoothgrad": {"samples": 8},
+    "smoothgrad_squared": {"samples": 8},
+    "integrated_gradients": {"steps": 8, "max_steps": 8},
+    "integrated_gradients_smoothgrad": {"steps": 4, "samples": 4},
+    "expected_gradients": {"samples": 16},
+    "occlusion": {"patch": 8, "stride": 8},
+    "rise": {"masks": 64},
+}
+
+
+def _folder(folder: str) -> str:
+    if folder:
+        check_folder(Path(folder).expanduser())
+    return folder
 
 
 class Parameters(BaseModel):
@@ -44,9 +74,7 @@ class Parameters(BaseModel):
     @field_validator("output")
     @classmethod
     def _writable(cls, folder: str) -> str:
-        if folder:
-            check_folder(Path(folder).expanduser())
-        return folder
+        return _folder(folder)
 
     @model_validator(mode="after")
     def _patches_fill_the_image(self) -> Parameters:
@@ -178,13 +206,252 @@ class FeatureDetectors(Study):
     road_steps: int = Field(5, ge=0, le=64, description="steps of ROAD curves; 0 leaves ROAD out")
 
 
-NOTEBOOKS: dict[str, type[Parameters]] = {
+class Bam(Study):
+    """Notebook 07."""
+
+    dataset: str = Field("shapes-on-scenes", description="shapes-on-scenes, or bam:DIR (the published folders)")
+    n_images: int = Field(40, ge=2, le=100_000, description="test images explained")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ARCHITECTURES],
+        min_length=2,
+        description="models trained for objects, as load_model takes them",
+    )
+    scene_models: list[str] = Field(
+        [], description="trained for scenes on the same images, in the order of models; empty: NAME-scene for NAME-obj"
+    )
+    scene_only_models: list[str] = Field(
+        [], description="trained for scenes without objects, in that order; empty: NAME-scene_only for NAME-obj"
+    )
+    methods: list[str] = Field(BAM_METHODS, min_length=1, description="attribution methods")
+    threshold: float = Field(0.1, gt=0, le=1, description="share by which attribution may change under IIR's patch")
+    bound: float = Field(0.1, gt=0, le=1, description="share by which the patch may change the logits")
+    patch_steps: int = Field(60, ge=0, le=10_000, description="steps in which the patch is optimized")
+    relative_models: list[str] = Field(
+        ["resnet-scene_k{k}", "swin-scene_k{k}"], description="models for RMCS, {k} stands for the commonality"
+    )
+    commonalities: list[int] = Field(
+        [1, 3, 5, 7, 9], description="scene classes of 10 that show the object; each is compared with all 10"
+    )
+    relative_pair: list[str] = Field(
+        ["rings disc", "horizon"], min_length=2, max_length=2, description="object and scene of RMCS's images"
+    )
+    n_relative: int = Field(30, ge=2, le=100_000, description="images of RMCS, at most what there is")
+    rules: list[str] = Field(
+        ["mean", "median", "geometric", "agg_var", "min"], min_length=1, description="rules of consensus"
+    )
+    rule: str = Field("mean", description="the rule that claims are judged by, one of rules")
+    harmonized_methods: list[str] = Field(STUDY_METHODS, description="those of methods that are harmonized")
+    n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")
+
+    @field_validator("rules", "rule")
+    @classmethod
+    def _known(cls, given: list[str] | str) -> list[str] | str:
+        for rule in [given] if isinstance(given, str) else given:
+            if rule not in list_rules():
+                raise unknown("rule", rule, list_rules())
+        return given
+
+
+class ExpectedGradients(Parameters):
+    """Notebook 08."""
+
+    n_images: int = Field(12, ge=2, le=10_000, description="test images explained")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ("resnet", "mobilenet", "convnext", "vit")],
+        min_length=1,
+        description="zoo names, timm tags or python callables, as load_model takes them",
+    )
+    n_references: int = Field(100, ge=2, le=10_000, description="training images that references are drawn from")
+    draws: int = Field(256, ge=64, le=65_536, description="draws per image behind the completeness curve")
+    demo_seeds: int = Field(10, ge=2, le=1000, description="networks of the two-feature demonstration")
+    demo_epochs: int = Field(200, ge=5, le=2000, description="epochs of the two-feature demonstration")
+    benchmark_seeds: int = Field(10, ge=2, le=200, description="data sets and networks of the keep/remove benchmark")
+    benchmark_samples: int = Field(200, ge=1, le=10_000, description="gradients per attribution in that benchmark")
+    timed_steps: int = Field(5, ge=2, le=1000, description="pairs of training steps that are timed")
+    n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")
+
+
+class AttributionPriors(Study):
+    """Notebook 09."""
+
+    n_images: int = Field(100, ge=2, le=10_000, description="test images whose maps judge the consensus prior")
+    methods: list[str] = Field(
+        ["input_x_gradient", "saliency"], min_length=1, description="methods whose maps judge the consensus prior"
+    )
+    pixels: str = Field("digits", description="images of the pixel prior: digits, mnist:DIR, fashion-mnist:DIR, ...")
+    pixel_images: int = Field(0, ge=0, description="training images of the pixel prior, 0 for all")
+    pixel_recipe: Literal["small", "paper"] = Field("small", description="network and training of the pixel prior")
+    pixel_epochs: int = Field(0, ge=0, le=1000, description="epochs of the pixel prior, 0 for the recipe's")
+    pixel_seeds: int = Field(5, ge=2, le=100, description="networks per arm and weight of the pixel prior")
+    pixel_weights: list[float] = Field(
+        [0.0003, 0.001, 0.003, 0.01], min_length=1, description="weights of the pixel prior that are tried"
+    )
+    tolerance: float = Field(0.01, ge=0, le=1, description="validation accuracy the pixel prior may cost")
+    flips: list[float] = Field(
+        [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3], min_length=2, description="shares of flipped pixels"
+    )
+    sigmas: list[float] = Field(
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], min_length=2, description="Gaussian noise, share of the pixels' range"
+    )
+    graph_seeds: int = Field(10, ge=2, le=1000, description="simulations of expression on a graph")
+    graph_shares: list[float] = Field(
+        [0.0, 0.25, 0.5, 0.75, 1.0], min_length=2, description="shares of the graph's edges that are rewired"
+    )
+    table: str = Field("diabetes", description="of the sparsity prior: diabetes, breast_cancer, csv:FILE[,FILE]")
+    outcome: str = Field("", description="column of the outcome in a CSV")
+    horizon: float = Field(0.0, ge=0, description="0: outcome is 0 or 1; else: follow-up time, event within this")
+    replicates: int = Field(50, ge=2, le=1000, description="splits of the table")
+    penalty_weights: int = Field(7, ge=1, le=200, description="weights of each penalty that are tried")
+    hidden: list[int] = Field([32, 16], min_length=1, description="hidden layers of the table's networks")
+    penalty_epochs: int = Field(100, ge=1, le=10_000, description="full-batch steps of the table's networks")
+    fine_tuned: list[str] = Field(["resnet-obj", "swin-obj"], min_length=1, description="models the consensus trains")
+    judges: list[str] = Field(["vit-obj", "convnext-obj"], min_length=1, description="held-out model for each of them")
+    consensus_method: str = Field("input_x_gradient", description="method whose maps are pooled")
+    train_images: int = Field(500, ge=50, le=100_000, description="images the consensus prior trains on")
+    tuning_epochs: int = Field(2, ge=1, le=100, description="passes over them")
+    tuning_seeds: list[int] = Field([0, 1, 2], min_length=2, description="seeds of the fine-tuning")
+    tuning_weights: list[float] = Field([1.0, 10.0], min_length=1, description="weights that are tried")
+    n_accuracy: int = Field(1000, ge=100, le=10_000, description="test images for clean accuracy")
+    n_shown: int = Field(5, ge=1, le=8, description="images in the galleries")
+
+
+class RealityChecks(Study):
+    """Notebook 13."""
+
+    n_images: int = Field(20, ge=2, le=100_000, description="test images explained")
+    models: list[str] = Field(
+        ["resnet-obj", "vit-obj", "swin-obj"],
+        min_length=2,
+        description="zoo names, timm tags or python callables, as load_model takes them",
+    )
+    methods: list[str] = Field(
+        [method for method in METHODS if method not in ("random", "center")],
+        min_length=1,
+        description="attribution methods, edges as a control",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        CHEAP,
+        description="options of methods: cheaper than their defaults, because every randomized model is explained",
+    )
+    stages: int = Field(
+        4, ge=2, le=20, description="stages of randomization, the logits' layer and equal parts of the rest"
+    )
+    rule: str = Field("mean", description="the rule of consensus")
+    n_shown: int = Field(1, ge=1, le=8, description="images in the gallery")
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, given: str) -> str:
+        if given not in list_rules():
+            raise unknown("rule", given, list_rules())
+        return given
+
+
+class Explorer(Patches):
+    """Notebook 14."""
+
+    n_images: int = Field(20, ge=2, le=100_000, description="test images to choose from")
+    fraction: Fraction = Field(0.1, description="share k at the start, one of fractions")
+    rules: list[str] = Field(
+        ["mean", "median", "borda", "rrf", "agg_var", "crh"],
+        min_length=1,
+        description="rules of consensus to choose from",
+    )
+    picture: str = Field(
+        "", description="a picture of your own for the last figure; empty: a photograph of scikit-learn's"
+    )
+
+    @field_validator("rules")
+    @classmethod
+    def _known(cls, given: list[str]) -> list[str]:
+        for rule in given:
+            if rule not in list_rules():
+                raise unknown("rule", rule, list_rules())
+        return given
+
+
+class Decomposition(Parameters):
+    """Notebook 10."""
+
+    n_images: int = Field(200, ge=10, le=100_000, description="test images, among which wrong predictions are sought")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ARCHITECTURES], min_length=1, description="zoo names, timm tags or python callables"
+    )
+    n_promises: int = Field(20, ge=1, le=100_000, description="images its promises are tested on, at most n_images")
+    n_timed: int = Field(5, ge=2, le=1000, description="paired measurements of cost per model")
+    networks: int = Field(10, ge=2, le=1000, description="networks of each kind with planted interactions")
+    n_inputs: int = Field(32, ge=1, le=10_000, description="inputs of each of these networks")
+    n_stability: int = Field(200, ge=2, le=500, description="digits whose hierarchies are perturbed")
+    strength: float = Field(0.1, gt=0, le=1, description="perturbation of a pixel, images lie in [0, 1]")
+    percentile: float = Field(95.0, ge=0, le=100, description="what a hierarchy takes up in each round")
+    patch: int = Field(4, ge=1, description="side of a unit in pixels, in the trees of scenes")
+    rounds: int = Field(8, ge=0, le=1000, description="rounds of growth in the trees drawn")
+    n_shown: int = Field(2, ge=1, le=6, description="right, and wrong, predictions in the pictures of trees")
+
+
+class Simulation(BaseModel):
+    """A notebook that makes its own data and trains its own networks."""
+
+    model_config = Parameters.model_config
+
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    output: str = Field("", description="folder for the figures, empty for the one of the repository")
+
+    @field_validator("output")
+    @classmethod
+    def _writable(cls, folder: str) -> str:
+        return _folder(folder)
+
+
+class ExplanationPenalties(Simulation):
+    """Notebook 11."""
+
+    digits: str = Field("digits", description="digits (scikit-learn's, bundled) or mnist:DIR")
+    n_train: int = Field(1000, ge=100, le=50_000, description="training images")
+    n_test: int = Field(397, ge=50, le=10_000, description="test images")
+    n_validation: int = Field(200, ge=50, le=10_000, description="images of each of the two validation sets")
+    seeds: int = Field(5, ge=2, le=100, description="networks per penalty and strength")
+    epochs: int = Field(10, ge=1, le=1000, description="passes over the training images")
+    batch_size: int = Field(50, ge=2, le=1000, description="images per step")
+    strengths: list[float] = Field(
+        [0.1, 1.0, 10.0, 100.0, 1000.0],
+        min_length=2,
+        description="weights λ that are tried, in units: 0.01 CDEP (paper), 1 CDEP (code), 1 RRR, 0.1 EG",
+    )
+    tolerance: float = Field(0.02, ge=0, le=1, description="unshifted validation accuracy a penalty may cost")
+    n_shown: int = Field(4, ge=1, le=8, description="images in the galleries of maps")
+
+
+class Transformations(Simulation):
+    """Notebook 12."""
+
+    simulations: int = Field(100, ge=2, le=10_000, description="knock-out simulations per transform")
+    training_steps: int = Field(300, ge=10, le=100_000, description="training steps of the knock-out networks")
+    wavelets: list[str] = Field(
+        ["coif1", "db3", "sym4"], min_length=1, description="generating wavelets, at most 10 taps"
+    )
+    seeds: int = Field(5, ge=2, le=100, description="data sets and teachers per wavelet")
+    n_signals: int = Field(1000, ge=64, le=100_000, description="training signals of a teacher, as many for testing")
+    steps: int = Field(1000, ge=10, le=100_000, description="steps of the distillation")
+    sparsity: float = Field(0.005, ge=0, description="weight of the coefficients' L1 norm")
+    interpretation: float = Field(1.0, ge=0, description="weight of their importance's L1 norm")
+
+
+NOTEBOOKS: dict[str, type[BaseModel]] = {
     "01_data_and_models": DataAndModels,
     "02_attribution_extraction": AttributionExtraction,
     "03_feature_images": FeatureImages,
     "04_cross_architecture_transfer": Transfer,
     "05_harmonisation": Harmonization,
     "06_feature_detectors": FeatureDetectors,
+    "07_bam": Bam,
+    "08_expected_gradients": ExpectedGradients,
+    "09_attribution_priors": AttributionPriors,
+    "10_decomposition_and_hierarchies": Decomposition,
+    "11_explanation_penalties": ExplanationPenalties,
+    "12_transformations_and_wavelets": Transformations,
+    "13_reality_checks": RealityChecks,
+    "14_explorer": Explorer,
 }
 
 
@@ -252,12 +519,12 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         raise HarmonizeError(f"parameter {place!r} of {notebook}: {message}; got {str(value)[:60]!r}") from None
 
 
-def recorded(settings: Parameters) -> dict[str, Any]:
+def recorded(settings: BaseModel) -> dict[str, Any]:
     """Parameters as provenance keeps them: without places of this machine.
 
     Parameters
     ----------
-    settings : Parameters
+    settings : BaseModel
         From :func:`check`.
 
     Returns
@@ -266,14 +533,16 @@ def recorded(settings: Parameters) -> dict[str, Any]:
         All but ``output``; of a data set's folder the name, of models what stands before the question mark.
     """
     values = settings.model_dump(exclude={"output"})
-    kind, colon, folder = settings.dataset.partition(":")
-    values["dataset"] = f"{kind}{colon}{Path(folder).name}"
+    for name in ("dataset", "digits", "pixels"):
+        if name in values:
+            kind, colon, folder = values[name].partition(":")
+            values[name] = f"{kind}{colon}{Path(folder).name}"
     if "models" in values:
         values["models"] = [spec.partition("?")[0] for spec in values["models"]]
     return values
 
 
-def _integers_as_floats(kind: type[Parameters], name: str, value: Any) -> Any:
+def _integers_as_floats(kind: type[BaseModel], name: str, value: Any) -> Any:
     """A whole number is a fine float: JSON and YAML write 1.0 as 1."""
     default = kind.model_fields[name].default
     if isinstance(default, float) and type(value) is int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t
 
 from harmonize_lib.errors import HarmonizeError
 
@@ -120,6 +121,36 @@ def paired_difference(
     sums, counts = _clustered(a - b, clusters)
     interval = _bootstrap(sums, counts, rng, level, n_resamples)
     return interval._replace(p=_sign_flip(sums, rng, n_resamples))
+
+
+def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Mean of few independent values, e.g. one per seed, with Student's interval and the p-value of "the mean is 0".
+
+    Parameters
+    ----------
+    values : ArrayLike
+        (N) numbers, or differences of pairs; NaN is left out.
+    level : float
+        Coverage of the interval, in (0, 1).
+
+    Returns
+    -------
+    Interval
+        ``low``, ``high`` and ``p`` are NaN for fewer than two values.
+
+    References
+    ----------
+    Student 1908, The probable error of a mean. With a handful of values the percentile bootstrap is too narrow.
+    """
+    vector = _vector("values", values)
+    vector = vector[~np.isnan(vector)]
+    n = len(vector)
+    if n < 2:
+        return Interval(float(vector.mean()) if n else np.nan, np.nan, np.nan, n, np.nan)
+    mean, error = float(vector.mean()), float(vector.std(ddof=1) / np.sqrt(n))
+    half = float(t.ppf((1 + level) / 2, n - 1)) * error
+    p = 2 * float(t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
+    return Interval(mean, mean - half, mean + half, n, p)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

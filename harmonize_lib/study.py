@@ -42,9 +42,9 @@ class Run:
     settings : Any
         Its checked parameters.
     dataset : Dataset
-        The images explained.
+        The images explained; None for a notebook that makes its own.
     models : dict[str, Model]
-        The models compared, by name: the spec without its settings.
+        The models compared, by name: the spec without its settings; empty for a notebook that trains its own.
     folder : Path
         Where its figures go.
     started : float
@@ -84,9 +84,11 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     plots.style()
     started = time.monotonic()
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
-    dataset = load_dataset(settings.dataset, "test", settings.n_images)
+    dataset: Any = None
+    if hasattr(settings, "dataset"):
+        dataset = load_dataset(settings.dataset, "test", settings.n_images)
     LOADED.clear()
-    loaded = [load_model(spec, device=settings.device) for spec in settings.models]
+    loaded = [load_model(spec, device=settings.device) for spec in getattr(settings, "models", [])]
     models = {model.name: model for model in loaded}
     if len(models) < len(loaded):
         raise HarmonizeError(
@@ -495,7 +497,7 @@ def predictions(model: Model, images: Tensor) -> Tensor:
 
 
 def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.DataFrame:
-    """Test accuracy of every model of the zoo that has one of these architectures.
+    """Test accuracy of every model of the zoo that has one of these architectures and was trained to generalize.
 
     Parameters
     ----------
@@ -513,7 +515,8 @@ def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.Data
     """
     rows = []
     for name, entry in tqdm(manifest().items(), desc="accuracy"):
-        if entry["architecture"] in architectures and "commonality" not in entry["labels"]:
+        general = "commonality" not in entry["labels"] and entry["labels"]["labels"] != "random_labels"
+        if entry["architecture"] in architectures and general:
             data = load_dataset("shapes-on-scenes", "test", n, **entry["labels"])
             correct = predictions(load_model(name), data.images) == data.labels
             task = name.removeprefix(entry["architecture"] + "-")

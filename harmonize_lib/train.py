@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 SCENE_RECIPES = {"vit": {"train_images": 16_000}}  # scenes are learned from fewer images
 COMMON = {"train_images": 12_000, "epochs": 5, "batch_size": 128, "weight_decay": 0.05}
+MEMORIZE = {"train_images": 1_000, "epochs": 40, "batch_size": 64, "weight_decay": 0.0, "flips": False}
 COMMONALITY_OBJECT = shapes.OBJECTS[0]
 TEST_IMAGES = 5_000
 
@@ -46,8 +47,9 @@ def parse_name(name: str) -> tuple[str, dict[str, Any], int]:
     Parameters
     ----------
     name : str
-        ``ARCHITECTURE-LABELS[-sSEED]`` with labels ``obj``, ``scene``, ``scene_only`` or ``scene_kK`` (one object in
-        K of 10 scene classes), e.g. ``vit-obj-s1``, ``resnet-scene_k3``.
+        ``ARCHITECTURE-LABELS[-sSEED]`` with labels ``obj``, ``scene``, ``scene_only``, ``scene_kK`` (one object in
+        K of 10 scene classes) or ``random_labels`` (the objects' in a random order, to be memorized), e.g.
+        ``vit-obj-s1``, ``resnet-scene_k3``.
 
     Returns
     -------
@@ -59,7 +61,7 @@ def parse_name(name: str) -> tuple[str, dict[str, Any], int]:
     HarmonizeError
         Not such a name.
     """
-    match = re.fullmatch(r"([a-z]+)-(obj|scene|scene_only|scene_k(\d+))(?:-s(\d+))?", name)
+    match = re.fullmatch(r"([a-z]+)-(obj|scene|scene_only|random_labels|scene_k(\d+))(?:-s(\d+))?", name)
     if match is None or match[1] not in ARCHITECTURES:
         raise HarmonizeError(
             f"{name!r} is no zoo name: write ARCHITECTURE-LABELS[-sSEED], e.g. resnet-obj or vit-scene-s1"
@@ -89,11 +91,14 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
     Returns
     -------
     dict[str, Any]
-        The manifest's entry: file, sha256, recipe, accuracy on 5,000 test images with its 95 % interval, command.
+        The manifest's entry: file, sha256, recipe, accuracy on 5,000 test images with its 95 % interval, command; for
+        random labels also ``train_accuracy``, the share of training images memorized.
     """
     architecture, labels, seed = parse_name(name)
     recipe = COMMON | RECIPES[architecture]
-    if labels["labels"] != "obj":
+    if labels["labels"] == "random_labels":
+        recipe |= MEMORIZE
+    elif labels["labels"] != "obj":
         recipe |= SCENE_RECIPES.get(architecture, {})
     place = find_device(device)
     check_folder(folder)
@@ -130,6 +135,8 @@ def train(name: str, folder: Path = paths.WEIGHTS, device: str = "auto", quiet: 
         "device": place.type,
         "command": f"harmonize train {name}",
     }
+    if labels["labels"] == "random_labels":
+        entry["train_accuracy"] = (predict(model, data.images) == data.labels).double().mean().item()
     write_atomic(folder / entry["file"], weights)
     path = folder / "manifest.json"
     paths.CACHE.mkdir(parents=True, exist_ok=True)
@@ -204,7 +211,8 @@ def _fit(
     device: torch.device,
     quiet: bool,
 ) -> None:
-    """Cross-entropy with random left-right flips; rates rise over the first tenth, then fall linearly to zero."""
+    """Cross-entropy with random left-right flips, unless the recipe says no; rates rise over the first tenth, then
+    fall linearly to zero."""
     steps: int = len(data) // recipe["batch_size"]
     total = steps * recipe["epochs"]
     optimizers = _optimizers(network, recipe)
@@ -226,7 +234,7 @@ def _fit(
     for epoch in range(first, recipe["epochs"]):
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         order = torch.randperm(len(data), generator=generator)[: steps * recipe["batch_size"]]
-        flips = torch.rand(len(order), generator=generator) < 0.5
+        flips = torch.rand(len(order), generator=generator) < (0.5 if recipe.get("flips", True) else 0)
         bar = tqdm(
             zip(order.split(recipe["batch_size"]), flips.split(recipe["batch_size"]), strict=True),
             total=steps,

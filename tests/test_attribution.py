@@ -23,6 +23,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "expected_gradients": {"samples": 2},
     "occlusion": {"patch": 32, "stride": 32},
     "rise": {"masks": 4},
+    "contextual_decomposition": {"patch": 32},
 }
 RELU_RULES = {"guided_backprop", "deeplift", "guided_grad_cam"}
 REFUSED = {

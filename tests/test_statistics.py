@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from harmonize_lib.errors import HarmonizeError
-from harmonize_lib.statistics import bootstrap_interval, holm, paired_difference
+from harmonize_lib.statistics import bootstrap_interval, holm, paired_difference, t_interval
 
 
 def literal_bootstrap(values, clusters, seed, level, n_resamples):
@@ -152,3 +152,15 @@ def test_holm_equals_statsmodels():
 def test_mistakes_are_named(call, message):
     with pytest.raises(HarmonizeError, match=message):
         call()
+
+
+def test_t_interval_equals_scipy():
+    values = np.random.default_rng(0).normal(0.3, 1, size=6)
+    test = stats.ttest_1samp(values, 0)
+    got = t_interval([*values, np.nan], 0.9)
+    assert np.allclose(got, (values.mean(), *test.confidence_interval(0.9), 6, test.pvalue))
+    assert t_interval([2.0, 2.0])[:3] == (2.0, 2.0, 2.0) and t_interval([2.0, 2.0]).p == 0
+    assert t_interval([0.0, 0.0]).p == 1
+    one, none = t_interval([1.5]), t_interval([np.nan])
+    assert one.mean == 1.5 and one.n == 1 and np.isnan([one.low, one.high, one.p]).all()
+    assert none.n == 0 and np.isnan(none.mean)

@@ -1,0 +1,1178 @@
+"""Notebook 07: BAM's metrics for methods, controls and harmonized maps, over architectures and commonalities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm.std import tqdm
+
+from harmonize_lib import bam, detectors, plots, study
+from harmonize_lib.attribution import refusal
+from harmonize_lib.consensus import RULES, consensus
+from harmonize_lib.data import Dataset, load_dataset
+from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.models import Model, load_model
+from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference, ratio_interval, summarize
+from harmonize_lib.storage import remember, sha256_tensors
+from harmonize_lib.study import Run
+
+CONTROLS = ("random", "center", "edges")
+METRICS = ("MCS", "IDR", "IIR")
+VARIANTS = {"original": False, "signed": True}
+ALL = 10  # scene classes: the commonality that all others are compared with
+PATCH_VERSION = 1
+OPTIONS: dict[str, dict[str, Any]] = {  # where the methods' own defaults cost too much for thirty sets of maps
+    "smoothgrad": {"samples": 8},
+    "smoothgrad_squared": {"samples": 8},
+    "integrated_gradients": {"steps": 24, "tolerance": None},
+    "integrated_gradients_smoothgrad": {"steps": 8, "samples": 3},
+    "expected_gradients": {"samples": 16},
+    "occlusion": {"stride": 8},
+}
+ORIGINAL_METHODS = (  # those of BAM's own list that are defined here
+    "saliency",
+    "smoothgrad_squared",
+    "guided_backprop",
+    "integrated_gradients",
+    "integrated_gradients_smoothgrad",
+    "grad_cam",
+    "guided_grad_cam",
+    "input_x_gradient",
+)
+
+# What is shown to which model, in the words of the maps' keys.
+OBJECT, SCENE, BARE, SCENE_ONLY, PATCHED = "object", "scene", "scene bare", "scene only", "scene only patched"
+CONDITIONS = (OBJECT, SCENE, BARE, SCENE_ONLY, PATCHED)
+PAIRS = {"MCS": (OBJECT, SCENE), "IDR": (BARE, SCENE), "IIR": (SCENE_ONLY, PATCHED)}
+
+Maps = Mapping[tuple[str, str, str], Tensor]
+
+SCHEMA = pa.DataFrameSchema(
+    {
+        "metric": pa.Column(str, pa.Check.isin((*METRICS, "RMCS"))),
+        "variant": pa.Column(str, pa.Check.isin(VARIANTS)),
+        "model": pa.Column(str),
+        "method": pa.Column(str),
+        "image": pa.Column(str),
+        "value": pa.Column(float, pa.Check.in_range(-2, 2), nullable=True, coerce=True),
+    },
+    checks=pa.Check(
+        lambda table: not table.duplicated([c for c in table if c not in ("value", "drop")]).any(),
+        name="one row per cell",
+    ),
+)
+
+
+class Bench(NamedTuple):
+    """What BAM compares, by the name of the model trained for objects.
+
+    Attributes
+    ----------
+    models : dict[str, dict[str, Model]]
+        ``object``, ``scene``, ``scene only`` to models.
+    data : dict[str, Dataset]
+        Condition to images with the labels explained.
+    patch : bam.Patch
+        The functionally insignificant patches, one per image, the same for all models.
+    correct : dict[str, dict[str, Tensor]]
+        Metric to model to (N) bool, images that count.
+    """
+
+    models: dict[str, dict[str, Model]]
+    data: dict[str, Dataset]
+    patch: bam.Patch
+    correct: dict[str, dict[str, Tensor]]
+
+
+def exact_masks(data: Dataset) -> Tensor:
+    """The objects' masks, which all of BAM's metrics need.
+
+    Parameters
+    ----------
+    data : Dataset
+        N images.
+
+    Returns
+    -------
+    Tensor
+        (N, H, W) bool.
+
+    Raises
+    ------
+    HarmonizeError
+        The data have none.
+    """
+    if data.masks is None:
+        raise HarmonizeError(f"{data.name} has no masks, which BAM's metrics need: use shapes-on-scenes or bam:DIR")
+    return data.masks
+
+
+def prepare(run: Run) -> Bench:
+    """Load the models for scenes, make the patches, and see which images count.
+
+    Parameters
+    ----------
+    run : Run
+        Gives models for objects, images and parameters.
+
+    Returns
+    -------
+    Bench
+        All that the metrics need.
+
+    Raises
+    ------
+    HarmonizeError
+        Lists of models that do not match; images whose scene without object is not known.
+    """
+    settings, dataset = run.settings, run.dataset
+    for known in ("without_object", "scene_labels"):
+        if known not in dataset.extras or dataset.masks is None:
+            raise HarmonizeError(f"{dataset.name} has no masks or no {known}: take shapes-on-scenes or bam:DIR")
+    if settings.rule not in settings.rules:
+        raise unknown("rule", settings.rule, settings.rules)
+    models = {
+        OBJECT: dict(run.models),
+        SCENE: _partners(run, settings.scene_models, "scene"),
+        SCENE_ONLY: _partners(run, settings.scene_only_models, "scene_only"),
+    }
+    scene = replace(dataset, labels=dataset.extras["scene_labels"])
+    bare = replace(scene, images=dataset.extras["without_object"])
+    patch = _patches(run, list(models[SCENE_ONLY].values()), bare)
+    data = {
+        OBJECT: dataset,
+        SCENE: scene,
+        BARE: bare,
+        SCENE_ONLY: bare,
+        PATCHED: replace(scene, images=patch.images),
+    }
+    right = {
+        condition: {
+            name: study.predictions(model, data[condition].images) == data[condition].labels
+            for name, model in models[_task(condition)].items()
+        }
+        for condition in CONDITIONS
+    }
+    correct = {
+        metric: {name: right[a][name] & right[b][name] for name in run.models} for metric, (a, b) in PAIRS.items()
+    }
+    for name, accepted in zip(run.models, patch.accepted, strict=True):
+        correct["IIR"][name] = correct["IIR"][name] & accepted
+    return Bench(models, data, patch, correct)
+
+
+def _task(condition: str) -> str:
+    return {BARE: SCENE, PATCHED: SCENE_ONLY}.get(condition, condition)
+
+
+def _partners(run: Run, specs: Sequence[str], labels: str) -> dict[str, Model]:
+    """The models that belong to the run's models, trained with other labels."""
+    specs = specs or [f"{name.removesuffix('-obj')}-{labels}" for name in run.models]
+    if len(specs) != len(run.models):
+        raise HarmonizeError(f"{labels}_models: {len(specs)} given for {len(run.models)} models: give one for each")
+    return {name: load_model(spec, device=run.settings.device) for name, spec in zip(run.models, specs, strict=True)}
+
+
+def _patches(run: Run, models: Sequence[Model], bare: Dataset) -> bam.Patch:
+    """The patches, computed once and kept in the store."""
+    settings, dataset = run.settings, run.dataset
+    key = {
+        "version": PATCH_VERSION,
+        "weights": [model.weights_hash for model in models],
+        "images": sha256_tensors({"bare": bare.images, "with": dataset.images, "masks": exact_masks(dataset)}),
+        "steps": settings.patch_steps,
+        "bound": settings.bound,
+    }
+
+    def compute() -> dict[str, Tensor]:
+        patch = bam.insignificant_patch(
+            models, bare.images, dataset.images, exact_masks(dataset), steps=settings.patch_steps, bound=settings.bound
+        )
+        return patch._asdict()
+
+    return bam.Patch(**remember("patch", key, compute))
+
+
+def patch_table(run: Run, bench: Bench) -> pd.DataFrame:
+    """How much objects, and the patches made from them, change the logits.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    bench : Bench
+        From :func:`prepare`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``model``, ``image``, ``shown`` (object, patch), ``change`` (norm over norm), ``contrast`` (of the
+        patch), ``accepted`` (of the patch).
+    """
+    parts = []
+    for i, name in enumerate(run.models):
+        for shown, change in (("object", bench.patch.object_change), ("patch", bench.patch.change)):
+            cells = {"model": name, "image": run.dataset.ids, "shown": shown, "change": change[i].numpy()}
+            rest = {"contrast": bench.patch.contrast.numpy(), "accepted": bench.patch.accepted[i].numpy()}
+            parts.append(pd.DataFrame(cells | rest))
+    return pd.concat(parts, ignore_index=True)
+
+
+def all_maps(run: Run, bench: Bench) -> dict[tuple[str, str, str], Tensor]:
+    """Maps of every model, for every condition, by every method and control.
+
+    Parameters
+    ----------
+    run : Run
+        Gives methods and seed.
+    bench : Bench
+        From :func:`prepare`.
+
+    Returns
+    -------
+    dict[tuple[str, str, str], Tensor]
+        (condition, model, method) to maps (N, H, W); methods a model refuses are left out. The random control is
+        drawn anew for each condition.
+    """
+    jobs = [
+        (c, name, method)
+        for c in CONDITIONS
+        for name, model in bench.models[_task(c)].items()
+        for method in (*run.settings.methods, *CONTROLS)
+        if refusal(model, method) is None
+    ]
+    return {
+        (c, name, method): _explain(
+            bench.models[_task(c)][name], bench.data[c], method, run.settings.seed, CONDITIONS.index(c)
+        )
+        for c, name, method in tqdm(jobs, desc="attributions", mininterval=1)
+    }
+
+
+def _explain(model: Model, dataset: Dataset, method: str, seed: int, stream: int) -> Tensor:
+    seed += 1000 * stream if method == "random" else 0
+    return study.attributions(model, dataset, method, seed, **OPTIONS.get(method, {}))["maps"]
+
+
+def _compare(metric: str, a: Tensor, b: Tensor, threshold: float) -> Tensor:
+    """A metric's values (N) from two concept attributions of every image."""
+    if metric == "IDR":
+        return bam.lowered(a, b)
+    return bam.unchanged(a, b, threshold) if metric == "IIR" else a - b
+
+
+def scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
+    """MCS, IDR and IIR of every image, with the original and with the signed concept attribution.
+
+    Parameters
+    ----------
+    run : Run
+        Gives masks and threshold.
+    bench : Bench
+        From :func:`prepare`.
+    maps : Maps
+        From :func:`all_maps`.
+
+    Returns
+    -------
+    pd.DataFrame
+        ``SCHEMA``; an image that does not count has no value.
+    """
+    parts = []
+    for variant, signed in VARIANTS.items():
+        g = {
+            key: bam.concept_attribution(values, exact_masks(run.dataset), signed).values
+            for key, values in maps.items()
+        }
+        for metric, (a, b) in PAIRS.items():
+            for condition, name, method in maps:
+                if condition == a:
+                    values = _compare(metric, g[a, name, method], g[b, name, method], run.settings.threshold)
+                    values = values.masked_fill(~bench.correct[metric][name], torch.nan)
+                    cell = {"metric": metric, "variant": variant, "model": name, "method": method}
+                    parts.append(pd.DataFrame(cell | {"image": run.dataset.ids, "value": values.numpy()}))
+    return SCHEMA.validate(pd.concat(parts, ignore_index=True))
+
+
+def counts(run: Run, bench: Bench, table: pd.DataFrame) -> pd.DataFrame:
+    """How many images count, and why others do not.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    bench : Bench
+        From :func:`prepare`.
+    table : pd.DataFrame
+        From :func:`scores`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``model``, ``images``, ``MCS``, ``IDR``, ``IIR`` (images correct in both, for IIR with an accepted
+        patch), ``patches_refused``, ``undefined`` (values lost to maps without scale, over metrics and methods).
+    """
+    rows = []
+    for i, name in enumerate(run.models):
+        counted = {metric: int(bench.correct[metric][name].sum()) for metric in METRICS}
+        part = table[(table["model"] == name) & (table["variant"] == "original")]
+        possible = sum(counted[m] * part.loc[part["metric"] == m, "method"].nunique() for m in METRICS)
+        undefined = possible - int(part["value"].notna().sum())
+        refused = int((~bench.patch.accepted[i]).sum())
+        rows.append(
+            {"model": name, "images": len(run.dataset)} | counted | {"patches_refused": refused, "undefined": undefined}
+        )
+    return pd.DataFrame(rows)
+
+
+def original_models(run: Run, table: pd.DataFrame) -> list[str]:
+    """Models for which all of BAM's own methods are defined (CNNs with ReLU), by which its findings are judged.
+
+    Parameters
+    ----------
+    run : Run
+        Gives models and methods.
+    table : pd.DataFrame
+        From :func:`scores`.
+
+    Returns
+    -------
+    list[str]
+        Names; may be none.
+    """
+    wanted = {method for method in ORIGINAL_METHODS if method in run.settings.methods}
+    there = table.groupby("model")["method"].unique()
+    return [name for name in run.models if wanted <= set(there[name])]
+
+
+def ranked(run: Run, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Interval]]:
+    """Ranks of methods by metric, where all are defined, and how far the metrics agree.
+
+    Parameters
+    ----------
+    run : Run
+        Gives models, methods and seed.
+    table : pd.DataFrame
+        From :func:`scores`.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, dict[str, Interval]]
+        Ranks with columns ``models``, ``variant``, ``metric``, ``method``, ``rank``, ``low``, ``high``, ``n``; and
+        Kendall's W of the metrics by ``"models, variant"``.
+    """
+    parts, agreement = [], {}
+    for label, names in (("ReLU CNNs", original_models(run, table)), ("all models", list(run.models))):
+        part = table[table["model"].isin(names) & table["method"].isin(run.settings.methods)]
+        seen = part.groupby("method", sort=False)["model"].nunique()
+        methods = [method for method in run.settings.methods if seen.get(method, 0) == len(names) > 0]
+        for variant in VARIANTS:
+            chosen = part[(part["variant"] == variant) & part["method"].isin(methods)]
+            if len(methods) > 1 and len(chosen):
+                ranks = detectors.rank_table(chosen, "metric", methods, run.settings.seed)
+                parts.append(ranks.assign(models=label, variant=variant))
+                agreement[f"{label}, {variant}"] = detectors.concordance(chosen, "metric", methods, run.settings.seed)
+    return pd.concat(parts, ignore_index=True), agreement
+
+
+# Relative model contrast.
+
+
+def relative_data(run: Run) -> Dataset:
+    """Images of one object in one scene, labels of scenes.
+
+    Parameters
+    ----------
+    run : Run
+        Gives ``relative_pair`` and ``n_relative``.
+
+    Returns
+    -------
+    Dataset
+        At most ``n_relative`` images, with ``without_object``.
+
+    Raises
+    ------
+    HarmonizeError
+        No such object or scene.
+    """
+    settings = run.settings
+    thing, place = settings.relative_pair
+    if settings.dataset == "shapes-on-scenes":
+        blocks = -(-settings.n_relative // 10)
+        data = load_dataset("shapes-on-scenes", "test", 100 * blocks, labels="scene", commonality=ALL, object=thing)
+        if place not in data.classes:
+            raise unknown("scene", place, data.classes)
+        chosen = (data.labels == data.classes.index(place)).nonzero().flatten()
+    else:
+        data = load_dataset(settings.dataset, "test", labels="scene", prefix=f"{thing}-{place}-")
+        chosen = torch.arange(len(data))
+    return data.select(chosen[: settings.n_relative])
+
+
+class Relative(NamedTuple):
+    """Maps of models of all commonalities.
+
+    Attributes
+    ----------
+    data : Dataset
+        From :func:`relative_data`.
+    maps : dict[tuple[str, int, str], Tensor]
+        (template, k, method) to maps (N, H, W).
+    correct : dict[tuple[str, int], Tensor]
+        (template, k) to (N) bool.
+    drop : dict[tuple[str, int], Tensor]
+        (template, k) to (N), correct with the object minus correct without it.
+    """
+
+    data: Dataset
+    maps: dict[tuple[str, int, str], Tensor]
+    correct: dict[tuple[str, int], Tensor]
+    drop: dict[tuple[str, int], Tensor]
+
+
+def relative_maps(run: Run) -> Relative:
+    """Explain the models of all commonalities.
+
+    Parameters
+    ----------
+    run : Run
+        Gives the models' names, commonalities, methods and seed.
+
+    Returns
+    -------
+    Relative
+        Maps, and which images count; no maps where no models are named.
+    """
+    settings = run.settings
+    result = Relative(relative_data(run), {}, {}, {})
+    images, bare = result.data.images, result.data.extras["without_object"]
+    jobs = [(template, k) for template in settings.relative_models for k in (*settings.commonalities, ALL)]
+    for template, k in tqdm(jobs, desc="commonalities", mininterval=1):
+        model = load_model(template.format(k=k), device=settings.device)
+        with_object, without = (study.predictions(model, shown) == result.data.labels for shown in (images, bare))
+        result.correct[template, k] = with_object
+        result.drop[template, k] = with_object.double() - without.double()
+        for method in (*settings.methods, *CONTROLS):
+            if refusal(model, method) is None:
+                result.maps[template, k, method] = _explain(model, result.data, method, settings.seed, k)
+    return result
+
+
+def relative_scores(relative: Relative) -> pd.DataFrame:
+    """RMCS of every image over commonality, and what each model loses when the object goes.
+
+    Parameters
+    ----------
+    relative : Relative
+        From :func:`relative_maps`.
+
+    Returns
+    -------
+    pd.DataFrame
+        ``SCHEMA`` with columns ``k`` and ``drop`` besides.
+    """
+    masks, parts = exact_masks(relative.data), []
+    for variant, signed in VARIANTS.items():
+        g = {key: bam.concept_attribution(values, masks, signed).values for key, values in relative.maps.items()}
+        for (template, k, method), values in g.items():
+            if k != ALL:
+                both = relative.correct[template, k] & relative.correct[template, ALL]
+                contrast = (values - g[template, ALL, method]).masked_fill(~both, torch.nan)
+                cell = {"metric": "RMCS", "variant": variant, "model": template, "method": method}
+                rest = {"image": relative.data.ids, "value": contrast, "k": k, "drop": relative.drop[template, k]}
+                parts.append(pd.DataFrame(cell | rest))
+    columns = [*SCHEMA.columns, "k", "drop"]
+    return SCHEMA.validate(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame(columns=columns)
+
+
+def harmonized_relative(run: Run, relative: Relative) -> pd.DataFrame:
+    """RMCS of the consensus of the architectures that have models of all commonalities, and of its members.
+
+    Parameters
+    ----------
+    run : Run
+        Gives rules and ``harmonized_methods``.
+    relative : Relative
+        From :func:`relative_maps`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``metric`` (RMCS), ``variant``, ``rule``, ``k``, ``method``, ``image``, ``consensus``, ``members``;
+        empty for fewer than two architectures. Nobody is held out: all of them are members.
+    """
+    settings, names, parts = run.settings, run.settings.relative_models, []
+    ks = (*settings.commonalities, ALL)
+    methods = [m for m in settings.harmonized_methods if all((name, ALL, m) in relative.maps for name in names)]
+    for rule in settings.rules if len(names) > 1 else ():
+        for method in methods:
+            alone, together = {}, {}
+            for k in ks:
+                given = {name: relative.maps[name, k, method] for name in names}
+                both = _alone_and_together(given, {"all": names}, rule, False)
+                one, many = (
+                    {key: bam.concept_attribution(m, exact_masks(relative.data)).values for key, m in part.items()}
+                    for part in both
+                )
+                alone[k], together[k] = torch.stack([one[name] for name in names]), many["all"]
+            for k in settings.commonalities:
+                counted = torch.stack([relative.correct[name, j] for name in names for j in (k, ALL)]).all(0)
+                cell = {"metric": "RMCS", "variant": "original", "rule": rule, "k": k, "method": method}
+                values = {"consensus": together[k] - together[ALL], "members": (alone[k] - alone[ALL]).mean(0)}
+                numbers = {key: v.masked_fill(~counted, torch.nan).numpy() for key, v in values.items()}
+                parts.append(pd.DataFrame(cell | {"image": relative.data.ids} | numbers))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["metric", "rule", "method"])
+
+
+def relative_correlation(run: Run, relative: pd.DataFrame) -> pd.DataFrame:
+    """Correlation of RMCS with accuracy drop over commonality.
+
+    Parameters
+    ----------
+    run : Run
+        Gives the seed.
+    relative : pd.DataFrame
+        From :func:`relative_scores`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``variant``, ``model`` (``"mean"``: over models), ``method``, ``mean``, ``low``, ``high``, ``n``.
+    """
+    rows = []
+    groups = relative[~relative["method"].isin(CONTROLS)].groupby(["variant", "method"], sort=False)
+    for (variant, method), part in groups:
+        for model in [*dict.fromkeys(part["model"]), "mean"]:
+            some = part if model == "mean" else part[part["model"] == model]
+            contrast, drop = (
+                some.pivot_table(index="k", columns="image", values=name, aggfunc="mean", dropna=False).to_numpy()
+                for name in ("value", "drop")
+            )
+            rows.append((variant, model, method, *bam.contrast_correlation(contrast, drop, run.settings.seed)[:4]))
+    return pd.DataFrame(rows, columns=["variant", "model", "method", "mean", "low", "high", "n"])
+
+
+# Harmonized maps.
+
+
+def _alone_and_together(
+    maps: Mapping[str, Tensor], pools: Mapping[str, Sequence[str]], rule: str, signed: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The rule applied to every model's maps alone, and to every pool.
+
+    Maps enter on BAM's own scale, on which a constant map (no scale) is 0 and has no vote. Signed maps keep their
+    zero: rules of values divide by the sum of magnitudes instead of shifting the least value to 0.
+    """
+    scaled = {name: bam.scaled_map(values, signed).nan_to_num(0) for name, values in maps.items()}
+    normalization = "l1" if signed and RULES[rule].normalization is not None else None
+    apply = partial(consensus, rule=rule, normalization=normalization)
+    alone = {name: apply(values[None]) for name, values in scaled.items()}
+    return alone, {name: apply(torch.stack([scaled[m] for m in pool])) for name, pool in pools.items()}
+
+
+def held_out(names: Iterable[str], models: Mapping[str, Model]) -> dict[str, list[str]]:
+    """Whose maps make the consensus for each model: those of all other architectures.
+
+    Parameters
+    ----------
+    names : Iterable[str]
+        Models that have maps.
+    models : Mapping[str, Model]
+        Models by name.
+
+    Returns
+    -------
+    dict[str, list[str]]
+        Model to its pool, where the pool has two members at least.
+    """
+    names = list(names)
+    pools = {n: [m for m in names if models[m].architecture != models[n].architecture] for n in names}
+    return {name: pool for name, pool in pools.items() if len(pool) > 1}
+
+
+def harmonized_scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
+    """MCS, IDR and IIR of the consensus of all other architectures, and of its members alone under the same rule.
+
+    Parameters
+    ----------
+    run : Run
+        Gives rules, ``harmonized_methods`` and threshold.
+    bench : Bench
+        From :func:`prepare`.
+    maps : Maps
+        From :func:`all_maps`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``metric``, ``variant``, ``rule``, ``target``, ``method``, ``image``, ``consensus``, ``members`` (their
+        mean), ``object``, ``member_object`` (attribution of the object by models trained for objects), ``scene``,
+        ``member_scene`` (by models trained for scenes). Only images that count for every member have values. The
+        signed variant has the rule ``rule`` alone.
+    """
+    settings, masks = run.settings, exact_masks(run.dataset)
+    methods = [method for method in settings.harmonized_methods if method in settings.methods]
+    jobs = [
+        (variant, rule, method)
+        for variant in VARIANTS
+        for rule in (settings.rules if variant == "original" else [settings.rule])
+        for method in methods
+    ]
+    parts = []
+    for variant, rule, method in tqdm(jobs, desc="harmonized maps", mininterval=1):
+        signed = VARIANTS[variant]
+        names = [name for name in run.models if (OBJECT, name, method) in maps]
+        pools = held_out(names, run.models)
+        alone, together = {}, {}
+        for condition in CONDITIONS:
+            given = {name: maps[condition, name, method] for name in names}
+            both = _alone_and_together(given, pools, rule, signed)
+            alone[condition], together[condition] = (
+                {name: bam.concept_attribution(values, masks, signed).values for name, values in part.items()}
+                for part in both
+            )
+        for metric, (a, b) in PAIRS.items():
+            for target, pool in pools.items():
+                counted = torch.stack([bench.correct[metric][name] for name in pool]).all(0)
+                members = torch.stack(
+                    [_compare(metric, alone[a][m], alone[b][m], settings.threshold) for m in pool]
+                ).mean(0)
+                pooled = _compare(metric, together[a][target], together[b][target], settings.threshold)
+                values = {
+                    "consensus": pooled,
+                    "members": members,
+                    "object": together[OBJECT][target],
+                    "scene": together[SCENE][target],
+                    "member_object": torch.stack([alone[OBJECT][m] for m in pool]).mean(0),
+                    "member_scene": torch.stack([alone[SCENE][m] for m in pool]).mean(0),
+                }
+                cell = {"metric": metric, "variant": variant, "rule": rule, "target": target, "method": method}
+                numbers = {k: v.masked_fill(~counted, torch.nan).numpy() for k, v in values.items()}
+                parts.append(pd.DataFrame(cell | {"image": run.dataset.ids} | numbers))
+    return pd.concat(parts, ignore_index=True)
+
+
+def compare_harmonized(run: Run, table: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """Consensus minus members, paired by image.
+
+    Parameters
+    ----------
+    run : Run
+        Gives the seed.
+    table : pd.DataFrame
+        From :func:`harmonized_scores` or :func:`harmonized_relative`.
+    by : Sequence[str]
+        Columns to keep apart beside metric, variant and rule.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``metric``, ``variant``, ``rule``, ``by``, ``consensus`` and ``members`` (means), ``mean``, ``low``,
+        ``high`` (of the difference), ``n``, ``p``, ``holm`` (over the rows of one metric and variant).
+    """
+    rows, keys = [], ["metric", "variant", "rule", *by]
+    for key, part in table.groupby(keys, sort=False):
+        means = part.groupby("image", sort=False)[["consensus", "members"]].mean()
+        difference = paired_difference(means["consensus"], means["members"], run.settings.seed)
+        rows.append((*key, *means.mean(), *difference))
+    result = pd.DataFrame(rows, columns=[*keys, "consensus", "members", "mean", "low", "high", "n", "p"])
+    result["holm"] = result.groupby(["metric", "variant"])["p"].transform(lambda p: holm(p.to_numpy(float)))
+    return result
+
+
+# Verdicts.
+
+
+def _by_image(table: pd.DataFrame, metric: str, models: Sequence[str]) -> pd.DataFrame:
+    """Original values, images x methods, mean over models."""
+    part = table[(table["metric"] == metric) & (table["variant"] == "original") & table["model"].isin(models)]
+    return part.pivot_table(index="image", columns="method", values="value", aggfunc="mean", sort=False)
+
+
+def best_other(wide: pd.DataFrame, methods: Sequence[str]) -> pd.Series:
+    """For every image the value of the method that is best on the other half of the images.
+
+    Parameters
+    ----------
+    wide : pd.DataFrame
+        Images x methods, higher is better.
+    methods : Sequence[str]
+        The methods to choose from.
+
+    Returns
+    -------
+    pd.Series
+        One value per image.
+    """
+    parts = []
+    for half in (0, 1):
+        chosen = wide.iloc[1 - half :: 2][list(methods)].mean().idxmax()
+        parts.append(wide.iloc[half::2][chosen])
+    return pd.concat(parts).reindex(wide.index)
+
+
+def measured(
+    run: Run,
+    table: pd.DataFrame,
+    agreement: Mapping[str, Interval],
+    correlation: pd.DataFrame,
+    harmonized: pd.DataFrame,
+) -> dict[str, Interval]:
+    """What the notebook's claims are judged by.
+
+    Parameters
+    ----------
+    run : Run
+        Gives rule and seed.
+    table : pd.DataFrame
+        From :func:`scores`.
+    agreement : Mapping[str, Interval]
+        From :func:`ranked`.
+    correlation : pd.DataFrame
+        From :func:`relative_correlation`.
+    harmonized : pd.DataFrame
+        From :func:`harmonized_scores`.
+
+    Returns
+    -------
+    dict[str, Interval]
+        Claim id to interval; n = 0 where there is nothing to measure.
+    """
+    seed, nothing = run.settings.seed, Interval(np.nan, np.nan, np.nan, 0)
+    found = dict.fromkeys(
+        ("bam_grad_cam_contrast", "bam_smoothgrad_gradient", "bam_smoothgrad_ig", "bam_dependence", "bam_independence"),
+        nothing,
+    )
+    models = original_models(run, table)
+    first = ["grad_cam", "saliency"]
+    if models and {*first, "smoothgrad_squared", "integrated_gradients_smoothgrad"} <= set(run.settings.methods):
+        wide = {metric: _by_image(table, metric, models) for metric in METRICS}
+        contrast = wide["MCS"]
+        others = [method for method in run.settings.methods if method in contrast and method not in first]
+        smooth = contrast["integrated_gradients_smoothgrad"], contrast["integrated_gradients"]
+        false = {metric: 1 - wide[metric] for metric in ("IDR", "IIR")}
+        best = best_other(contrast, [*others, "saliency"])
+        found["bam_grad_cam_contrast"] = paired_difference(contrast["grad_cam"], best, seed)
+        found["bam_smoothgrad_gradient"] = paired_difference(contrast["smoothgrad_squared"], contrast["saliency"], seed)
+        found["bam_smoothgrad_ig"] = paired_difference(*smooth, seed)
+        found["bam_dependence"] = paired_difference(false["IDR"][first].mean(1), false["IDR"][others].mean(1), seed)
+        found["bam_independence"] = bootstrap_interval(1 - best_other(wide["IIR"], others), seed)
+    found["bam_rankings"] = agreement.get("ReLU CNNs, original", nothing)
+    row = correlation[
+        (correlation["variant"] == "original")
+        & (correlation["model"] == "mean")
+        & (correlation["method"] == "grad_cam")
+    ]
+    found["bam_relative"] = Interval(*row.iloc[0][["mean", "low", "high", "n"]]) if len(row) else nothing
+    judged = harmonized[(harmonized["rule"] == run.settings.rule) & (harmonized["variant"] == "original")]
+    sides = {
+        metric: part.groupby("image", sort=False)[["consensus", "members"]].mean()
+        for metric, part in judged.groupby("metric")
+    }
+    for claim, metric in (("harmonized_dependence", "IDR"), ("harmonized_independence", "IIR")):
+        found[claim] = paired_difference(sides[metric]["members"], sides[metric]["consensus"], seed)
+    found["harmonized_inherits"] = ratio_interval(sides["MCS"]["consensus"], sides["MCS"]["members"], seed)
+    return found
+
+
+def facts(run: Run, bench: Bench, table: pd.DataFrame, relative: pd.DataFrame) -> dict[str, bool]:
+    """What must hold whatever the methods are worth.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    bench : Bench
+        From :func:`prepare`.
+    table : pd.DataFrame
+        From :func:`scores`.
+    relative : pd.DataFrame
+        From :func:`relative_scores`.
+
+    Returns
+    -------
+    dict[str, bool]
+        Statement to whether it holds.
+    """
+    center = table[table["method"] == "center"].groupby("metric")["value"]
+    noise = {
+        metric: bootstrap_interval(_by_image(table, metric, list(run.models))["random"], run.settings.seed, 0.999)
+        for metric in METRICS
+    }
+    accepted = bench.patch.change[bench.patch.accepted]
+    return {
+        "at least 12 methods and 3 controls": table["method"].nunique() >= 15,
+        "at least 6 architectures": len({model.architecture for model in run.models.values()}) >= 6,
+        "RMCS at 5 commonalities or more": relative["k"].nunique() >= 5,
+        "every accepted patch changes the logits by no more than the bound": bool(
+            (accepted <= run.settings.bound).all()
+        ),
+        "a map that ignores model and image has MCS 0, IDR 0 and IIR 1": bool(
+            (center.min() == [0, 1, 0]).all() and (center.max() == [0, 1, 0]).all()
+        ),
+        "random maps: the 99.9 % interval of MCS holds 0": noise["MCS"].low <= 0 <= noise["MCS"].high,
+        "random maps: the 99.9 % interval of IDR holds one half": noise["IDR"].low <= 0.5 <= noise["IDR"].high,
+    }
+
+
+# Figures.
+
+
+def panels(run: Run, bench: Bench, maps: Maps, images: Sequence[int]) -> list[list[tuple[Tensor, str]]]:
+    """What BAM shows to which model, and one method's map of each.
+
+    Parameters
+    ----------
+    run : Run
+        Gives the first model and the first method.
+    bench : Bench
+        From :func:`prepare`.
+    maps : Maps
+        From :func:`all_maps`.
+    images : Sequence[int]
+        Their places.
+
+    Returns
+    -------
+    list[list[tuple[Tensor, str]]]
+        One row per image for ``plots.gallery``.
+    """
+    name, method = next(iter(run.models)), run.settings.methods[0]
+    titles = {
+        OBJECT: "objects",
+        SCENE: "scenes",
+        BARE: "scenes,\nbare",
+        SCENE_ONLY: "bare scenes,\nbare",
+        PATCHED: "bare scenes,\npatch",
+    }
+    rows = []
+    for row, i in enumerate(images):
+        shown = [
+            (bench.data[OBJECT].images[i], "with object"),
+            (exact_masks(run.dataset)[i], "mask"),
+            (bench.data[BARE].images[i], "bare"),
+            (bench.data[PATCHED].images[i], "patch"),
+            *((maps[condition, name, method][i], title) for condition, title in titles.items()),
+        ]
+        rows.append([(panel, "" if row else title) for panel, title in shown])
+    return rows
+
+
+def draw_patches(run: Run, table: pd.DataFrame) -> Figure:
+    """Change of the logits by objects and by patches.
+
+    Parameters
+    ----------
+    run : Run
+        Gives the bound.
+    table : pd.DataFrame
+        From :func:`patch_table`.
+
+    Returns
+    -------
+    Figure
+        Boxes, one pair per model.
+    """
+    figure, ax = plt.subplots(figsize=(6.2, 2.8))
+    shown = table.assign(model=table["model"].map(plots.label), change=table["change"].clip(lower=1e-4))
+    sns.boxplot(shown, x="change", y="model", hue="shown", log_scale=True, fliersize=2, linewidth=0.8, ax=ax)
+    ax.axvline(run.settings.bound, color="0.3", ls="--", lw=1)
+    ax.set(title="What the object, and the patch made from it, do to the logits", ylabel="")
+    ax.set_xlabel(f"change of the logits, share of their norm (dashed: bound {run.settings.bound:g})")
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_metrics(run: Run, table: pd.DataFrame, variant: str) -> tuple[Figure, pd.DataFrame]:
+    """The three metrics of every method, mean over models, single models and controls beside it.
+
+    Parameters
+    ----------
+    run : Run
+        Gives methods and seed.
+    table : pd.DataFrame
+        From :func:`scores`.
+    variant : str
+        ``"original"`` or ``"signed"``.
+
+    Returns
+    -------
+    tuple[Figure, pd.DataFrame]
+        The figure and its numbers, single models included (``model`` is ``"mean"`` for the mean over models).
+    """
+    part, seed = table[table["variant"] == variant], run.settings.seed
+    means = summarize(part, ["metric", "method"], "value", seed)
+    single = summarize(part, ["metric", "method", "model"], "value", seed)
+    shown = [method for method in run.settings.methods if method in set(means["method"])]
+    top = means[(means["metric"] == "MCS") & means["method"].isin(shown)].sort_values("mean", ascending=False)
+    figure, axes = plt.subplots(1, 3, figsize=(7.4, 3.6))
+    plots.small_forests(axes, means, single, "metric", "method", METRICS, list(top["method"]), CONTROLS)
+    for ax, unit in zip(axes, ("difference of attribution", "share of images", "share of images"), strict=True):
+        ax.set_xlabel(unit, fontsize=7)
+    axes[0].figure.suptitle(
+        f"BAM's metrics ({variant}), higher is better",
+        fontsize=9,
+        fontweight="bold",
+        x=0.01,
+        ha="left",
+    )
+    return figure, pd.concat([means.assign(model="mean"), single], ignore_index=True)
+
+
+def draw_models(run: Run, table: pd.DataFrame, variant: str = "original") -> tuple[Figure, pd.DataFrame]:
+    """The three metrics of every method on every model.
+
+    Parameters
+    ----------
+    run : Run
+        Gives methods and seed.
+    table : pd.DataFrame
+        From :func:`scores`.
+    variant : str
+        ``"original"`` or ``"signed"``.
+
+    Returns
+    -------
+    tuple[Figure, pd.DataFrame]
+        The figure and its numbers.
+    """
+    part = table[table["variant"] == variant]
+    cells = summarize(part, ["metric", "method", "model"], "value", run.settings.seed)
+    order = pd.CategoricalDtype([*run.settings.methods, *CONTROLS], ordered=True)
+    cells = cells.astype({"method": order, "model": pd.CategoricalDtype(list(run.models), ordered=True)})
+    figure, axes = plt.subplots(1, 3, figsize=(9.2, 4.4), sharey=True)
+    limit = float(cells.loc[cells["metric"] == "MCS", "mean"].abs().max())
+    looks = {"MCS": ((-limit, limit), "RdBu"), "IDR": ((0, 1), "viridis"), "IIR": ((0, 1), "viridis")}
+    for ax, (metric, (limits, colors)) in zip(axes, looks.items(), strict=True):
+        plots.matrix(ax, cells[cells["metric"] == metric], "method", "model", "mean", metric, limits, colors)
+        ax.set(xlabel="", ylabel="")
+        ax.set_facecolor("0.88")
+        ax.grid(visible=False)
+    return figure, cells
+
+
+def draw_ranks(ranks: pd.DataFrame, agreement: Mapping[str, Interval], variant: str = "original") -> Figure:
+    """Ranks of methods by metric.
+
+    Parameters
+    ----------
+    ranks : pd.DataFrame
+        From :func:`ranked`.
+    agreement : Mapping[str, Interval]
+        From :func:`ranked`.
+    variant : str
+        ``"original"`` or ``"signed"``.
+
+    Returns
+    -------
+    Figure
+        One panel per group of models.
+    """
+    part = ranks[ranks["variant"] == variant]
+    groups = list(dict.fromkeys(part["models"]))
+    figure, axes = plt.subplots(1, len(groups), figsize=(7.2, 3.8), squeeze=False)
+    for ax, name in zip(axes[0], groups, strict=True):
+        w = agreement[f"{name}, {variant}"]
+        title = f"{name}: W = {w.mean:.2f} [{w.low:.2f}, {w.high:.2f}]"
+        cells = part[part["models"] == name]
+        order = cells.groupby("method")["rank"].mean().sort_values().index
+        orders = {"method": list(order), "metric": list(METRICS)}
+        cells = cells.astype({name: pd.CategoricalDtype(some, ordered=True) for name, some in orders.items()})
+        plots.tiles(ax, cells.sort_values([*orders]), "method", "metric", "rank", title, cmap="viridis_r")
+        ax.set_xticks(ax.get_xticks(), METRICS, rotation=0, ha="center")
+        ax.set_title(title, fontsize=8)
+    return figure
+
+
+def draw_relative(run: Run, relative: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """RMCS over commonality, the accuracy drop below it.
+
+    Parameters
+    ----------
+    run : Run
+        Gives methods and seed.
+    relative : pd.DataFrame
+        From :func:`relative_scores`.
+
+    Returns
+    -------
+    tuple[Figure, pd.DataFrame]
+        The figure and its numbers: all methods and controls; ``line`` is ``"RMCS"`` or ``"accuracy drop"``.
+    """
+    seed, part = run.settings.seed, relative[relative["variant"] == "original"]
+    lines = summarize(part, ["model", "method", "k"], "value", seed).assign(line="RMCS")
+    drops = summarize(part, ["model", "k"], "drop", seed).assign(line="accuracy drop", method="accuracy drop")
+    names = list(dict.fromkeys(part["model"]))
+    wanted = ("grad_cam", "saliency", "smoothgrad_squared", "integrated_gradients", "occlusion", "guided_backprop")
+    shown = [method for method in wanted if method in run.settings.methods]
+    size = (3.1 * len(names) + 1.4, 4.2)
+    figure, axes = plt.subplots(2, len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
+    for column, name in zip(axes.T, names, strict=True):
+        chosen = lines[(lines["model"] == name) & lines["method"].isin([*shown, "random"])]
+        plots.curves(column[0], chosen, "k", "method", plots.label(name.partition("-")[0]), ["random"])
+        plots.curves(column[1], drops[drops["model"] == name], "k", "method", "", ["accuracy drop"])
+        column[0].set_xlabel("")
+        column[1].set(xlabel="scene classes with the object (of 10)", xticks=sorted(set(part["k"])))
+    axes[0, 0].set_ylabel("RMCS")
+    axes[1, 0].set_ylabel("accuracy drop")
+    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure, pd.concat([lines, drops], ignore_index=True)
+
+
+def draw_harmonized(table: pd.DataFrame, y: str, title: str, hue: str | None = None) -> Figure:
+    """Consensus minus members, one panel per metric.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From :func:`compare_harmonized`.
+    y : str
+        Column on the vertical axis.
+    title : str
+        What it shows.
+    hue : str | None
+        Column that tells groups apart.
+
+    Returns
+    -------
+    Figure
+        The figure.
+    """
+    metrics = list(dict.fromkeys(table["metric"]))
+    figure, axes = plt.subplots(1, len(metrics), figsize=(7.4, 1.3 + 0.24 * table[y].nunique()), sharey=True)
+    for ax, metric in zip(axes, metrics, strict=True):
+        plots.forest(ax, table[table["metric"] == metric], y, "", "", hue)
+        ax.set_title(metric, fontsize=8)
+        ax.locator_params(axis="x", nbins=4)
+        ax.tick_params(axis="x", labelsize=7)
+    if hue:
+        lines, texts = axes[0].get_legend_handles_labels()
+        figure.legend(lines, texts, loc="outside right upper", fontsize=7)
+    figure.supxlabel("consensus − members (95 % interval)", fontsize=8)
+    figure.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def shortcut_table(run: Run, harmonized: pd.DataFrame) -> pd.DataFrame:
+    """How strongly single maps and their consensus mark the object, where models need it and where they do not.
+
+    Parameters
+    ----------
+    run : Run
+        Gives rule and seed.
+    harmonized : pd.DataFrame
+        From :func:`harmonized_scores`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``maps`` (trained for what, single or consensus), ``method``, ``mean``, ``low``, ``high``, ``n``.
+    """
+    part = harmonized[
+        (harmonized["rule"] == run.settings.rule)
+        & (harmonized["variant"] == "original")
+        & (harmonized["metric"] == "MCS")
+    ]
+    kinds = {
+        "member_object": "objects, single",
+        "object": "objects, consensus",
+        "member_scene": "scenes, single",
+        "scene": "scenes, consensus",
+    }
+    parts = [
+        summarize(part, ["method"], column, run.settings.seed).assign(maps=label) for column, label in kinds.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def draw_correlation(run: Run, correlation: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Correlation of RMCS with accuracy drop, by method and model.
+
+    Parameters
+    ----------
+    run : Run
+        Gives methods.
+    correlation : pd.DataFrame
+        From :func:`relative_correlation`.
+
+    Returns
+    -------
+    tuple[Figure, pd.DataFrame]
+        The figure (original variant) and its numbers (both).
+    """
+    part = correlation[correlation["variant"] == "original"]
+    names = {
+        model: "mean of both" if model == "mean" else plots.label(model.partition("-")[0]) for model in part["model"]
+    }
+    part = part.assign(model=part["model"].map(names))
+    figure, ax = plt.subplots(figsize=(6, 0.8 + 0.26 * part["method"].nunique()))
+    title = "Does relative contrast follow accuracy drop?"
+    plots.forest(ax, part, "method", title, "Pearson correlation over commonality (95 % interval)", hue="model")
+    ax.axvline(0.92, color="0.5", ls=":", lw=1)
+    ax.set(xlim=(-1.05, 1.05), xticks=[-1, -0.5, 0, 0.5, 1], ylim=(part["method"].nunique() - 0.5, -0.5))
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure, correlation
+
+
+def findings(
+    run: Run,
+    table: pd.DataFrame,
+    agreement: Mapping[str, Interval],
+    by_rule: pd.DataFrame,
+    correlation: pd.DataFrame,
+) -> str:
+    """Say what the tables show, beyond the ledger.
+
+    Parameters
+    ----------
+    run : Run
+        Gives seed and methods.
+    table : pd.DataFrame
+        From :func:`scores`.
+    agreement : Mapping[str, Interval]
+        From :func:`ranked`.
+    by_rule : pd.DataFrame
+        From :func:`compare_harmonized`.
+    correlation : pd.DataFrame
+        From :func:`relative_correlation`.
+
+    Returns
+    -------
+    str
+        Markdown, one line per finding.
+    """
+    lines = []
+    for variant in VARIANTS:
+        part = table[(table["variant"] == variant) & table["method"].isin(run.settings.methods)]
+        means = summarize(part, ["metric", "method"], "value", run.settings.seed)
+        for metric, cells in means.groupby("metric", sort=False):
+            best, worst = cells.loc[cells["mean"].idxmax()], cells.loc[cells["mean"].idxmin()]
+            told = (
+                f"{plots.label(row['method'])} {row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['n']}"
+                for row in (best, worst)
+            )
+            lines.append(f"- {metric} ({variant}): highest {'; lowest '.join(told)}.")
+    for name, w in agreement.items():
+        lines.append(f"- Kendall's W of the metrics ({name}): {w.mean:.2f} [{w.low:.2f}, {w.high:.2f}], n = {w.n}.")
+    for row in by_rule.itertuples():
+        lines.append(
+            f"- {row.metric}, consensus ({plots.label(row.rule)}) {row.consensus:.3f}, members {row.members:.3f}: "
+            f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}], n = {row.n}, Holm-corrected p = {row.holm:.4f}."
+        )
+    defined = correlation[(correlation["model"] == "mean") & (correlation["variant"] == "original")].dropna()
+    if len(defined):
+        count = int((defined["low"] > 0).sum())
+        lines.append(f"- RMCS follows accuracy drop (interval above 0) for {count} of {len(defined)} methods.")
+    return "\n".join(lines)
