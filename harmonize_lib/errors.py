@@ -33,6 +33,6 @@ def unknown(kind: str, name: object, options: Iterable[str]) -> HarmonizeError:
     """
     options = sorted(options)
     near = get_close_matches(str(name), options, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(options)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(options) or 'nothing: there is none'}"
     line = f"unknown {kind} {str(name)[:60]!r}: {hint}"
     return HarmonizeError(line if len(line) <= 200 else line[:197] + "...")

@@ -84,10 +84,14 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
         if unknown_code:
             line = f"{len(unknown_code)} figures do not record the code that made them"
             problems.append(f"{name}: {line}: harmonize run {name[:2]}")
+        shared: dict[str, list[str]] = {}
         for figure, record in told.items():
-            problems += [f"{name}/{figure}: {line}" for line in _against(record, notebook, weights)]
+            for line in _against(record, notebook, weights):
+                shared.setdefault(line, []).append(figure)
             count["timed"] += bool(record.get("timed"))
             count["unshipped"] += bool(set(record["weights"]) - set(weights))
+        for line, those in shared.items():
+            problems.append(f"{name}/{those[0]}: {line}" if len(those) == 1 else f"{name}: {len(those)} figures {line}")
         count["figures"] += len(told)
     problems += _ledger(figures)
     verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}"

@@ -257,3 +257,14 @@ def test_the_comparison_of_runs_finds_a_byte_and_leaves_timed_figures_out(place,
     sidecar = second / f"{FIGURE}.json"
     sidecar.write_text(sidecar.read_text().replace('"timed": false', '"timed": true'))
     assert compare(first, second) == ([], [FIGURE], 3)
+
+
+def test_what_is_wrong_with_several_figures_is_one_line(place):
+    folder = place / "figures" / NAME
+    record = json.loads((folder / "means.json").read_text())
+    record["parameters"]["seed"] = 7
+    (folder / "means.json").write_text(json.dumps(record))
+    for ending in ("csv", "png", "svg"):
+        shutil.copy(folder / f"means.{ending}", folder / f"other.{ending}")
+    (folder / "other.json").write_text(json.dumps(record | {"figure": f"{NAME}/other"}))
+    assert problems(place) == [f"{NAME}: 2 figures made with seed = 7, the notebook says 0"]
