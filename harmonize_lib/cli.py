@@ -128,7 +128,10 @@ def _execute(jobs: list[Job], workers: int, scheduler: str | None, fresh: bool) 
         if outcome.state != "finished":
             tqdm.write(in_one_line(job, outcome), file=sys.stderr)
 
-    same = {job.target for job in jobs if not fresh and is_unchanged(job)}
+    if fresh:
+        for job in jobs:
+            job.status.unlink(missing_ok=True)
+    same = {job.target for job in jobs if is_unchanged(job)}
     changed = [job for job in jobs if job.target not in same]
     settings = [check(job.source.stem, job.parameters) for job in changed]
     clustered = changed and (scheduler is not None or workers > 1)
@@ -444,11 +447,10 @@ def _mistake(line: str) -> int:
 def _joined(arguments: list[str]) -> list[str]:
     """Let ``-p NAME VALUE`` be ``-p NAME=VALUE``, so that it is one option that may be repeated."""
     joined: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        joined.append(argument)
-        if argument == "-p":
-            name = next(rest, "")
-            value = None if "=" in name else next(rest, None)
-            joined.append(name if value is None else f"{name}={value}")
+    for argument in arguments:
+        named = len(joined) > 1 and joined[-2] == "-p" and "=" not in joined[-1]
+        if named and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
     return joined

@@ -328,6 +328,11 @@ def run_notebook(job: Job, show: Callable[[str], None] | None = None) -> Outcome
     return Outcome("finished", notes=_notes(job.target))
 
 
+def _run_unless_done(job: Job) -> Outcome:
+    """As a unit of Dask, which may repeat it: what another worker finished before it died is not run again."""
+    return Outcome("finished", notes=_notes(job.target)) if is_unchanged(job) else run_notebook(job)
+
+
 def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
@@ -404,7 +409,7 @@ def run_jobs(
     Parameters
     ----------
     jobs : Sequence[Job]
-        The jobs.
+        The jobs; on a cluster one that is finished and unchanged is not repeated.
     workers : int
         Local worker processes; with one, no cluster is started.
     scheduler : str | None
@@ -442,7 +447,7 @@ def run_jobs(
                         bar.update()
                         if isinstance(result, Outcome):  # the notebook that needs it will say what is wrong
                             bar.write(f"maps of {unit.model} by {unit.method}: {result.error}"[:200], file=sys.stderr)
-                    for job, result in _completed(client, run_notebook, jobs):
+                    for job, result in _completed(client, _run_unless_done, jobs):
                         bar.update()
                         end(job, result)
             except KeyboardInterrupt:
@@ -506,16 +511,17 @@ def _completed(client: Any, function: Callable[[Any], Any], units: Sequence[Any]
     from distributed import as_completed
 
     futures = {client.submit(function, unit, pure=False, priority=-i): unit for i, unit in enumerate(units)}
-    for future in as_completed(futures, raise_errors=False):
+    for future in as_completed(list(futures), raise_errors=False):
+        unit = futures.pop(future)  # a result that is kept on a worker is computed again when that worker dies
         if future.status == "finished":
-            yield futures[future], future.result()
+            yield unit, future.result()
         elif future.status == "error":
             error = future.exception()
             killed = type(error).__name__ == "KilledWorker"
             line = "its worker was killed again and again" if killed else f"{type(error).__name__}: {error}"
-            yield futures[future], Outcome("failed", None, line.splitlines()[0])
+            yield unit, Outcome("failed", None, line.splitlines()[0])
         else:
-            yield futures[future], Outcome("failed", None, "the Dask scheduler went away")
+            yield unit, Outcome("failed", None, "the Dask scheduler went away")
 
 
 def _interrupted(job: Job, began: float) -> Outcome:

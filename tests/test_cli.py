@@ -193,3 +193,18 @@ def test_export_writes_pages(here, tmp_path, ran):
 def test_data_says_what_it_holds(here):
     code, told, _ = here("data", "--n", "100")
     assert code == 0 and "10 classes" in told and "images per class: 10 to 10" in told
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["-p", "a", "1"], ["-p", "a=1"]),
+        (["-p", "a=1", "b"], ["-p", "a=1", "b"]),
+        (["-p", "a", "-1", "-p", "b=c=d", "03"], ["-p", "a=-1", "-p", "b=c=d", "03"]),
+        (["-p", "a", "--out", "x"], ["-p", "a", "--out", "x"]),
+        (["-p", "a", "x=y", "z"], ["-p", "a=x=y", "z"]),
+        (["03", "-p"], ["03", "-p"]),
+    ],
+)
+def test_a_parameter_may_be_written_with_a_space_or_an_equals_sign(typed, meant):
+    assert cli._joined(typed) == meant
