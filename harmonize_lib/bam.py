@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonize_lib.errors import HarmonizeError
+from harmonize_lib.models import Model
 from harmonize_lib.statistics import Interval
 from harmonize_lib.tasks import check_numbers, logits_of
 
@@ -369,7 +370,7 @@ def _score(values: Tensor, correct: Tensor | None) -> Score:
 
 
 def insignificant_patch(
-    models: Sequence[nn.Module],
+    models: Sequence[Model],
     images: Tensor,
     with_object: Tensor,
     masks: Tensor,
@@ -390,8 +391,8 @@ def insignificant_patch(
 
     Parameters
     ----------
-    models : Sequence[nn.Module]
-        M models (``Model``, frozen) whose logits should stay; one is BAM's case.
+    models : Sequence[Model]
+        M models whose logits should stay; one is BAM's case.
     images : Tensor
         (N, C, H, W) uint8, without object.
     with_object : Tensor
@@ -446,7 +447,7 @@ def insignificant_patch(
 
 
 def _optimize(
-    models: Sequence[nn.Module], images: Tensor, with_object: Tensor, masks: Tensor, steps: int, rate: float
+    models: Sequence[Model], images: Tensor, with_object: Tensor, masks: Tensor, steps: int, rate: float
 ) -> Tensor:
     x = images.float() / 255
     inside = masks[:, None].float()
@@ -478,7 +479,7 @@ def _optimize(
     return torch.where(masks[:, None], ((x + best) * 255).round().to(torch.uint8), images)
 
 
-def _centered_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def _centered_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (n, K), and the norm of what is left of them less their mean."""
     with torch.no_grad():
         raw = logits_of(model, model.preprocess(x)).cpu()
@@ -486,7 +487,7 @@ def _centered_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _judge(
-    models: Sequence[nn.Module],
+    models: Sequence[Model],
     images: Tensor,
     with_object: Tensor,
     masks: Tensor,
