@@ -392,7 +392,7 @@ def insignificant_patch(
     Parameters
     ----------
     models : Sequence[Model]
-        M models (``Model``, frozen) whose logits should stay; one is BAM's case.
+        M models whose logits should stay; one is BAM's case.
     images : Tensor
         (N, C, H, W) uint8, without object.
     with_object : Tensor

@@ -100,13 +100,12 @@ def read_bam(
         if not (root / name / "train").is_dir() and not (root / name / "val").is_dir():
             raise HarmonizeError(f"{root}: no folder {name}/ with train/ or val/: 'bam:DIR' wants the published layout")
     files = _train_files(root) if split == "train" else _validation_files(root)
-    objects = tuple(sorted({_parts(name)[0] for name in files}))
-    scenes = tuple(sorted({_parts(name)[1] for name in files}))
+    objects, scenes = (tuple(sorted({_parts(name).of(kind) for name in files})) for kind in ("obj", "scene"))
     object_classes, scene_classes = (
         _class_folders(root / "obj", objects),
         _class_folders(root / "scene", scenes),
     )
-    order = {index: place for place, index in enumerate(sorted({_parts(name)[2] for name in files}))}
+    order = {index: place for place, index in enumerate(sorted({_parts(name).number for name in files}))}
     names = sorted(name for name in files if name.startswith(prefix))
     if len(names) < (n or 1):
         raise HarmonizeError(
@@ -120,8 +119,8 @@ def read_bam(
     without, _ = _pictures([files[name]["scene_only"] for name in names], size, [None] * len(names))
     if with_object.shape != without.shape:
         raise HarmonizeError(f"{root}: scene/ and scene_only/ hold images of different sizes: build them together")
-    object_labels = torch.tensor([object_classes.index(_parts(name)[0]) for name in names])
-    scene_labels = torch.tensor([scene_classes.index(_parts(name)[1]) for name in names])
+    object_labels = torch.tensor([object_classes.index(_parts(name).object) for name in names])
+    scene_labels = torch.tensor([scene_classes.index(_parts(name).scene) for name in names])
     masks = None
     if split != "train":
         cuts = _read_masks(root / "obj" / "val_mask")
@@ -130,7 +129,9 @@ def read_bam(
                 f"{root}/obj/val_mask: {len(cuts)} masks, {len(object_classes) * len(order)} wanted, one per object "
                 "and validation index"
             )
-        chosen = [cuts[object_classes.index(_parts(name)[0]) * len(order) + order[_parts(name)[2]]] for name in names]
+        chosen = [
+            cuts[object_classes.index(_parts(name).object) * len(order) + order[_parts(name).number]] for name in names
+        ]
         masks = _place(chosen, boxes, with_object.shape[-2:])
     bare = labels == "scene_only"
     return Dataset(
@@ -149,12 +150,23 @@ def read_bam(
     )
 
 
-def _parts(name: str) -> tuple[str, str, int]:
-    """Object, scene and index of a file name such as ``dog-bedroom-0900.jpg``."""
+class Name(NamedTuple):
+    """What a file name such as ``dog-bedroom-0900.jpg`` tells."""
+
+    object: str
+    scene: str
+    number: int
+
+    def of(self, labels: str) -> str:
+        """The class by these labels."""
+        return self.object if labels == "obj" else self.scene
+
+
+def _parts(name: str) -> Name:
     words = Path(name).stem.split("-")
     if len(words) != 3 or not words[2].isdigit():
         raise HarmonizeError(f"{name}: BAM's images are named OBJECT-SCENE-NUMBER.jpg, e.g. dog-bedroom-0900.jpg")
-    return words[0], words[1], int(words[2])
+    return Name(words[0], words[1], int(words[2]))
 
 
 def _class_folders(folder: Path, seen: tuple[str, ...]) -> tuple[str, ...]:
@@ -179,15 +191,9 @@ def _validation_files(root: Path) -> dict[str, dict[str, Path]]:
     listed = {}
     for labels in ("obj", "scene", "scene_only"):
         lines = _lines(root / labels / "val.txt")
-        classes = _class_folders(
-            root / labels, tuple(sorted({_parts(n)[0] if labels == "obj" else _parts(n)[1] for n, _ in lines}))
-        )
+        classes = _class_folders(root / labels, tuple(sorted({_parts(n).of(labels) for n, _ in lines})))
         for name, label in lines:
-            if (
-                not label.isdigit()
-                or int(label) >= len(classes)
-                or classes[int(label)] != _parts(name)[labels != "obj"]
-            ):
+            if not label.isdigit() or int(label) >= len(classes) or classes[int(label)] != _parts(name).of(labels):
                 raise HarmonizeError(f"{root}/{labels}/val.txt: label {label!r} of {name} is not its class's place")
         listed[labels] = {name for name, _ in lines}
     if not listed["obj"] == listed["scene"] == listed["scene_only"]:
@@ -235,7 +241,7 @@ def _pictures(
 ) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) uint8 and boxes (N, 4) left, top, right, bottom; zeros where there is no place."""
     images: list[Tensor] = []
-    boxes: list[list[int]] = []
+    boxes = []
     for path, place in zip(files, places, strict=True):
         image = read_image(path)
         height, width = image.shape[1:]
@@ -532,7 +538,7 @@ def _write_lists(
         for name in classes:
             (folder / "train" / name).mkdir(exist_ok=True)
         names = sorted(path.name for path in (folder / "val").iterdir())
-        place = {name: classes.index(_parts(name)[labels != "obj"]) for name in names}
+        place = {name: classes.index(_parts(name).of(labels)) for name in names}
         (folder / "val.txt").write_text("".join(f"{name} {place[name]}\n" for name in names))
         (folder / "val_loc.txt").write_text("".join(f"{name} {locations[name]}\n" for name in names))
         (folder / "loc.txt").write_text("".join(f"{name} {where}\n" for name, where in sorted(locations.items())))
@@ -546,8 +552,8 @@ def _write_lists(
             (folder / "val").mkdir(parents=True)
             for path in chosen:
                 shutil.copy(path, folder / "val" / path.name)
-            scene = scenes.index(_parts(chosen[0].name)[1])
-            (folder / "val.txt").write_text("".join(f"{path.name} {scene}\n" for path in chosen))
+            label = scenes.index(_parts(chosen[0].name).scene)
+            (folder / "val.txt").write_text("".join(f"{path.name} {label}\n" for path in chosen))
             (folder / "val_loc.txt").write_text("".join(f"{path.name} {locations[path.name]}\n" for path in chosen))
             _write_masks(folder / "val_mask", masks["dog"])
             counts[name] = len(chosen)

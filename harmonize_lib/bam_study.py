@@ -26,11 +26,13 @@ from harmonize_lib.models import Model, load_model
 from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference, ratio_interval, summarize
 from harmonize_lib.storage import remember, sha256_tensors
 from harmonize_lib.study import Run
+from harmonize_lib.tasks import pick
 
 CONTROLS = ("random", "center", "edges")
 METRICS = ("MCS", "IDR", "IIR")
 VARIANTS = {"original": False, "signed": True}
 ALL = 10  # scene classes: the commonality that all others are compared with
+DROPS = {"drop": "accuracy drop", "logit_drop": "logit drop"}
 PATCH_VERSION = 1
 OPTIONS: dict[str, dict[str, Any]] = {  # where the methods' own defaults cost too much for thirty sets of maps
     "smoothgrad": {"samples": 8},
@@ -68,7 +70,7 @@ SCHEMA = pa.DataFrameSchema(
         "value": pa.Column(float, pa.Check.in_range(-2, 2), nullable=True, coerce=True),
     },
     checks=pa.Check(
-        lambda table: not table.duplicated([c for c in table if c not in ("value", "drop")]).any(),
+        lambda table: not table.duplicated([c for c in table if c not in ("value", "drop", "logit_drop")]).any(),
         name="one row per cell",
     ),
 )
@@ -95,29 +97,6 @@ class Bench(NamedTuple):
     correct: dict[str, dict[str, Tensor]]
 
 
-def exact_masks(data: Dataset) -> Tensor:
-    """The objects' masks, which all of BAM's metrics need.
-
-    Parameters
-    ----------
-    data : Dataset
-        N images.
-
-    Returns
-    -------
-    Tensor
-        (N, H, W) bool.
-
-    Raises
-    ------
-    HarmonizeError
-        The data have none.
-    """
-    if data.masks is None:
-        raise HarmonizeError(f"{data.name} has no masks, which BAM's metrics need: use shapes-on-scenes or bam:DIR")
-    return data.masks
-
-
 def prepare(run: Run) -> Bench:
     """Load the models for scenes, make the patches, and see which images count.
 
@@ -138,8 +117,8 @@ def prepare(run: Run) -> Bench:
     """
     settings, dataset = run.settings, run.dataset
     for known in ("without_object", "scene_labels"):
-        if known not in dataset.extras or dataset.masks is None:
-            raise HarmonizeError(f"{dataset.name} has no masks or no {known}: take shapes-on-scenes or bam:DIR")
+        if known not in dataset.extras:
+            raise HarmonizeError(f"{dataset.name} has no {known}: take shapes-on-scenes or bam:DIR")
     if settings.rule not in settings.rules:
         raise unknown("rule", settings.rule, settings.rules)
     models = {
@@ -172,6 +151,12 @@ def prepare(run: Run) -> Bench:
     return Bench(models, data, patch, correct)
 
 
+def _masks(data: Dataset) -> Tensor:
+    if data.masks is None:
+        raise HarmonizeError(f"{data.name} has no masks: take shapes-on-scenes or bam:DIR")
+    return data.masks
+
+
 def _task(condition: str) -> str:
     return {BARE: SCENE, PATCHED: SCENE_ONLY}.get(condition, condition)
 
@@ -190,14 +175,14 @@ def _patches(run: Run, models: Sequence[Model], bare: Dataset) -> bam.Patch:
     key = {
         "version": PATCH_VERSION,
         "weights": [model.weights_hash for model in models],
-        "images": sha256_tensors({"bare": bare.images, "with": dataset.images, "masks": exact_masks(dataset)}),
+        "images": sha256_tensors({"bare": bare.images, "with": dataset.images, "masks": _masks(dataset)}),
         "steps": settings.patch_steps,
         "bound": settings.bound,
     }
 
     def compute() -> dict[str, Tensor]:
         patch = bam.insignificant_patch(
-            models, bare.images, dataset.images, exact_masks(dataset), steps=settings.patch_steps, bound=settings.bound
+            models, bare.images, dataset.images, _masks(dataset), steps=settings.patch_steps, bound=settings.bound
         )
         return patch._asdict()
 
@@ -291,10 +276,7 @@ def scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
     """
     parts = []
     for variant, signed in VARIANTS.items():
-        g = {
-            key: bam.concept_attribution(values, exact_masks(run.dataset), signed).values
-            for key, values in maps.items()
-        }
+        g = {key: bam.concept_attribution(values, _masks(run.dataset), signed).values for key, values in maps.items()}
         for metric, (a, b) in PAIRS.items():
             for condition, name, method in maps:
                 if condition == a:
@@ -370,7 +352,8 @@ def ranked(run: Run, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Inter
     -------
     tuple[pd.DataFrame, dict[str, Interval]]
         Ranks with columns ``models``, ``variant``, ``metric``, ``method``, ``rank``, ``low``, ``high``, ``n``; and
-        Kendall's W of the metrics by ``"models, variant"``.
+        Kendall's W of the metrics by ``"models, variant"``. Groups of models without two methods, or without two
+        images that count everywhere, are left out.
     """
     parts, agreement = [], {}
     for label, names in (("ReLU CNNs", original_models(run, table)), ("all models", list(run.models))):
@@ -379,11 +362,13 @@ def ranked(run: Run, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Inter
         methods = [method for method in run.settings.methods if seen.get(method, 0) == len(names) > 0]
         for variant in VARIANTS:
             chosen = part[(part["variant"] == variant) & part["method"].isin(methods)]
-            if len(methods) > 1 and len(chosen):
+            w = detectors.concordance(chosen, "metric", methods, run.settings.seed)
+            if not np.isnan(w.mean):
                 ranks = detectors.rank_table(chosen, "metric", methods, run.settings.seed)
                 parts.append(ranks.assign(models=label, variant=variant))
-                agreement[f"{label}, {variant}"] = detectors.concordance(chosen, "metric", methods, run.settings.seed)
-    return pd.concat(parts, ignore_index=True), agreement
+                agreement[f"{label}, {variant}"] = w
+    columns = ["models", "variant", "metric", "method", "rank", "low", "high", "n"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), agreement
 
 
 # Relative model contrast.
@@ -434,12 +419,15 @@ class Relative(NamedTuple):
         (template, k) to (N) bool.
     drop : dict[tuple[str, int], Tensor]
         (template, k) to (N), correct with the object minus correct without it.
+    logit_drop : dict[tuple[str, int], Tensor]
+        (template, k) to (N), the label's logit with the object minus without it.
     """
 
     data: Dataset
     maps: dict[tuple[str, int, str], Tensor]
     correct: dict[tuple[str, int], Tensor]
     drop: dict[tuple[str, int], Tensor]
+    logit_drop: dict[tuple[str, int], Tensor]
 
 
 def relative_maps(run: Run) -> Relative:
@@ -456,18 +444,25 @@ def relative_maps(run: Run) -> Relative:
         Maps, and which images count; no maps where no models are named.
     """
     settings = run.settings
-    result = Relative(relative_data(run), {}, {}, {})
+    result = Relative(relative_data(run), {}, {}, {}, {})
     images, bare = result.data.images, result.data.extras["without_object"]
     jobs = [(template, k) for template in settings.relative_models for k in (*settings.commonalities, ALL)]
     for template, k in tqdm(jobs, desc="commonalities", mininterval=1):
         model = load_model(template.format(k=k), device=settings.device)
-        with_object, without = (study.predictions(model, shown) == result.data.labels for shown in (images, bare))
+        logits = [_logits(model, shown) for shown in (images, bare)]
+        with_object, without = (values.argmax(1) == result.data.labels for values in logits)
         result.correct[template, k] = with_object
         result.drop[template, k] = with_object.double() - without.double()
+        result.logit_drop[template, k] = pick(logits[0] - logits[1], result.data.labels)
         for method in (*settings.methods, *CONTROLS):
             if refusal(model, method) is None:
                 result.maps[template, k, method] = _explain(model, result.data, method, settings.seed, k)
     return result
+
+
+def _logits(model: Model, images: Tensor, batch_size: int = 256) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(model.preprocess(part)).cpu() for part in images.split(batch_size)]).double()
 
 
 def relative_scores(relative: Relative) -> pd.DataFrame:
@@ -481,9 +476,9 @@ def relative_scores(relative: Relative) -> pd.DataFrame:
     Returns
     -------
     pd.DataFrame
-        ``SCHEMA`` with columns ``k`` and ``drop`` besides.
+        ``SCHEMA`` with columns ``k``, ``drop`` (of accuracy) and ``logit_drop`` besides.
     """
-    masks, parts = exact_masks(relative.data), []
+    masks, parts = _masks(relative.data), []
     for variant, signed in VARIANTS.items():
         g = {key: bam.concept_attribution(values, masks, signed).values for key, values in relative.maps.items()}
         for (template, k, method), values in g.items():
@@ -491,9 +486,10 @@ def relative_scores(relative: Relative) -> pd.DataFrame:
                 both = relative.correct[template, k] & relative.correct[template, ALL]
                 contrast = (values - g[template, ALL, method]).masked_fill(~both, torch.nan)
                 cell = {"metric": "RMCS", "variant": variant, "model": template, "method": method}
-                rest = {"image": relative.data.ids, "value": contrast, "k": k, "drop": relative.drop[template, k]}
-                parts.append(pd.DataFrame(cell | rest))
-    columns = [*SCHEMA.columns, "k", "drop"]
+                drops = {"drop": relative.drop[template, k], "logit_drop": relative.logit_drop[template, k]}
+                rest = {"image": relative.data.ids, "value": contrast, "k": k}
+                parts.append(pd.DataFrame(cell | rest | drops))
+    columns = [*SCHEMA.columns, "k", "drop", "logit_drop"]
     return SCHEMA.validate(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame(columns=columns)
 
 
@@ -523,7 +519,7 @@ def harmonized_relative(run: Run, relative: Relative) -> pd.DataFrame:
                 given = {name: relative.maps[name, k, method] for name in names}
                 both = _alone_and_together(given, {"all": names}, rule, False)
                 one, many = (
-                    {key: bam.concept_attribution(m, exact_masks(relative.data)).values for key, m in part.items()}
+                    {key: bam.concept_attribution(m, _masks(relative.data)).values for key, m in part.items()}
                     for part in both
                 )
                 alone[k], together[k] = torch.stack([one[name] for name in names]), many["all"]
@@ -531,13 +527,13 @@ def harmonized_relative(run: Run, relative: Relative) -> pd.DataFrame:
                 counted = torch.stack([relative.correct[name, j] for name in names for j in (k, ALL)]).all(0)
                 cell = {"metric": "RMCS", "variant": "original", "rule": rule, "k": k, "method": method}
                 values = {"consensus": together[k] - together[ALL], "members": (alone[k] - alone[ALL]).mean(0)}
-                numbers = {key: v.masked_fill(~counted, torch.nan).numpy() for key, v in values.items()}
-                parts.append(pd.DataFrame(cell | {"image": relative.data.ids} | numbers))
+                columns = {key: v.masked_fill(~counted, torch.nan).numpy() for key, v in values.items()}
+                parts.append(pd.DataFrame(cell | {"image": relative.data.ids} | columns))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["metric", "rule", "method"])
 
 
 def relative_correlation(run: Run, relative: pd.DataFrame) -> pd.DataFrame:
-    """Correlation of RMCS with accuracy drop over commonality.
+    """Correlation of RMCS, over commonality, with what models lose when the object goes.
 
     Parameters
     ----------
@@ -549,19 +545,22 @@ def relative_correlation(run: Run, relative: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pd.DataFrame
-        Columns ``variant``, ``model`` (``"mean"``: over models), ``method``, ``mean``, ``low``, ``high``, ``n``.
+        Columns ``against`` (``"drop"`` of accuracy, as BAM has it, ``"logit_drop"``, which does not saturate),
+        ``variant``, ``model`` (``"mean"``: over models), ``method``, ``mean``, ``low``, ``high``, ``n``.
     """
     rows = []
     groups = relative[~relative["method"].isin(CONTROLS)].groupby(["variant", "method"], sort=False)
     for (variant, method), part in groups:
         for model in [*dict.fromkeys(part["model"]), "mean"]:
             some = part if model == "mean" else part[part["model"] == model]
-            contrast, drop = (
-                some.pivot_table(index="k", columns="image", values=name, aggfunc="mean", dropna=False).to_numpy()
-                for name in ("value", "drop")
-            )
-            rows.append((variant, model, method, *bam.contrast_correlation(contrast, drop, run.settings.seed)[:4]))
-    return pd.DataFrame(rows, columns=["variant", "model", "method", "mean", "low", "high", "n"])
+            wide = {
+                name: some.pivot_table(index="k", columns="image", values=name, aggfunc="mean", dropna=False).to_numpy()
+                for name in ("value", *DROPS)
+            }
+            for against in DROPS:
+                found = bam.contrast_correlation(wide["value"], wide[against], run.settings.seed)
+                rows.append((against, variant, model, method, *found[:4]))
+    return pd.DataFrame(rows, columns=["against", "variant", "model", "method", "mean", "low", "high", "n"])
 
 
 # Harmonized maps.
@@ -622,7 +621,7 @@ def harmonized_scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
         ``member_scene`` (by models trained for scenes). Only images that count for every member have values. The
         signed variant has the rule ``rule`` alone.
     """
-    settings, masks = run.settings, exact_masks(run.dataset)
+    settings, masks = run.settings, _masks(run.dataset)
     methods = [method for method in settings.harmonized_methods if method in settings.methods]
     jobs = [
         (variant, rule, method)
@@ -659,8 +658,8 @@ def harmonized_scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
                     "member_scene": torch.stack([alone[SCENE][m] for m in pool]).mean(0),
                 }
                 cell = {"metric": metric, "variant": variant, "rule": rule, "target": target, "method": method}
-                numbers = {k: v.masked_fill(~counted, torch.nan).numpy() for k, v in values.items()}
-                parts.append(pd.DataFrame(cell | {"image": run.dataset.ids} | numbers))
+                columns = {k: v.masked_fill(~counted, torch.nan).numpy() for k, v in values.items()}
+                parts.append(pd.DataFrame(cell | {"image": run.dataset.ids} | columns))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -757,8 +756,9 @@ def measured(
     )
     models = original_models(run, table)
     first = ["grad_cam", "saliency"]
-    if models and {*first, "smoothgrad_squared", "integrated_gradients_smoothgrad"} <= set(run.settings.methods):
-        wide = {metric: _by_image(table, metric, models) for metric in METRICS}
+    wide = {metric: _by_image(table, metric, models) for metric in METRICS}
+    judges = {*first, "smoothgrad_squared", "integrated_gradients", "integrated_gradients_smoothgrad"}
+    if all(judges <= set(part) and len(part) > 3 for part in wide.values()):
         contrast = wide["MCS"]
         others = [method for method in run.settings.methods if method in contrast and method not in first]
         smooth = contrast["integrated_gradients_smoothgrad"], contrast["integrated_gradients"]
@@ -808,7 +808,9 @@ def facts(run: Run, bench: Bench, table: pd.DataFrame, relative: pd.DataFrame) -
     """
     center = table[table["method"] == "center"].groupby("metric")["value"]
     noise = {
-        metric: bootstrap_interval(_by_image(table, metric, list(run.models))["random"], run.settings.seed, 0.999)
+        metric: bootstrap_interval(
+            _by_image(table, metric, list(run.models)).get("random", []), run.settings.seed, 0.999
+        )
         for metric in METRICS
     }
     accepted = bench.patch.change[bench.patch.accepted]
@@ -861,7 +863,7 @@ def panels(run: Run, bench: Bench, maps: Maps, images: Sequence[int]) -> list[li
     for row, i in enumerate(images):
         shown = [
             (bench.data[OBJECT].images[i], "with object"),
-            (exact_masks(run.dataset)[i], "mask"),
+            (_masks(run.dataset)[i], "mask"),
             (bench.data[BARE].images[i], "bare"),
             (bench.data[PATCHED].images[i], "patch"),
             *((maps[condition, name, method][i], title) for condition, title in titles.items()),
@@ -997,7 +999,7 @@ def draw_ranks(ranks: pd.DataFrame, agreement: Mapping[str, Interval], variant: 
 
 
 def draw_relative(run: Run, relative: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """RMCS over commonality, the accuracy drop below it.
+    """RMCS over commonality, and below it what the models lose when the object goes.
 
     Parameters
     ----------
@@ -1009,24 +1011,33 @@ def draw_relative(run: Run, relative: pd.DataFrame) -> tuple[Figure, pd.DataFram
     Returns
     -------
     tuple[Figure, pd.DataFrame]
-        The figure and its numbers: all methods and controls; ``line`` is ``"RMCS"`` or ``"accuracy drop"``.
+        The figure and its numbers: all methods and controls; ``line`` is ``"RMCS"`` or one of ``DROPS``.
     """
     seed, part = run.settings.seed, relative[relative["variant"] == "original"]
     lines = summarize(part, ["model", "method", "k"], "value", seed).assign(line="RMCS")
-    drops = summarize(part, ["model", "k"], "drop", seed).assign(line="accuracy drop", method="accuracy drop")
+    drops = pd.concat(
+        [summarize(part, ["model", "k"], name, seed).assign(line=line, method=line) for name, line in DROPS.items()]
+    )
     names = list(dict.fromkeys(part["model"]))
     wanted = ("grad_cam", "saliency", "smoothgrad_squared", "integrated_gradients", "occlusion", "guided_backprop")
     shown = [method for method in wanted if method in run.settings.methods]
-    size = (3.1 * len(names) + 1.4, 4.2)
-    figure, axes = plt.subplots(2, len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
+    size = (3.1 * len(names) + 1.4, 5.2)
+    ratios = {"height_ratios": [2, 1, 1]}
+    figure, axes = plt.subplots(
+        3, len(names), figsize=size, sharex=True, sharey="row", squeeze=False, gridspec_kw=ratios
+    )
     for column, name in zip(axes.T, names, strict=True):
         chosen = lines[(lines["model"] == name) & lines["method"].isin([*shown, "random"])]
         plots.curves(column[0], chosen, "k", "method", plots.label(name.partition("-")[0]), ["random"])
-        plots.curves(column[1], drops[drops["model"] == name], "k", "method", "", ["accuracy drop"])
-        column[0].set_xlabel("")
-        column[1].set(xlabel="scene classes with the object (of 10)", xticks=sorted(set(part["k"])))
-    axes[0, 0].set_ylabel("RMCS")
-    axes[1, 0].set_ylabel("accuracy drop")
+        for ax, line in zip(column[1:], DROPS.values(), strict=True):
+            cells = drops[(drops["model"] == name) & (drops["line"] == line)]
+            plots.curves(ax, cells, "k", "method", "", [line])
+            ax.axhline(0, color="0.5", lw=0.6)
+        for ax in column[:2]:
+            ax.set_xlabel("")
+        column[2].set(xlabel="scene classes with the object (of 10)", xticks=sorted(set(part["k"])))
+    for ax, line in zip(axes[:, 0], ("RMCS", *DROPS.values()), strict=True):
+        ax.set_ylabel(line)
     axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, pd.concat([lines, drops], ignore_index=True)
 
@@ -1098,7 +1109,7 @@ def shortcut_table(run: Run, harmonized: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_correlation(run: Run, correlation: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Correlation of RMCS with accuracy drop, by method and model.
+    """Correlation of RMCS with the loss of accuracy and of the logit, by method and model.
 
     Parameters
     ----------
@@ -1113,16 +1124,18 @@ def draw_correlation(run: Run, correlation: pd.DataFrame) -> tuple[Figure, pd.Da
         The figure (original variant) and its numbers (both).
     """
     part = correlation[correlation["variant"] == "original"]
-    names = {
-        model: "mean of both" if model == "mean" else plots.label(model.partition("-")[0]) for model in part["model"]
-    }
+    names = {m: "mean of models" if m == "mean" else plots.label(m.partition("-")[0]) for m in part["model"]}
     part = part.assign(model=part["model"].map(names))
-    figure, ax = plt.subplots(figsize=(6, 0.8 + 0.26 * part["method"].nunique()))
-    title = "Does relative contrast follow accuracy drop?"
-    plots.forest(ax, part, "method", title, "Pearson correlation over commonality (95 % interval)", hue="model")
-    ax.axvline(0.92, color="0.5", ls=":", lw=1)
-    ax.set(xlim=(-1.05, 1.05), xticks=[-1, -0.5, 0, 0.5, 1], ylim=(part["method"].nunique() - 0.5, -0.5))
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    count = part["method"].nunique()
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 1 + 0.26 * count), sharey=True)
+    for ax, (against, line) in zip(axes, DROPS.items(), strict=True):
+        plots.forest(ax, part[part["against"] == against], "method", "", "Pearson correlation", hue="model")
+        ax.set_title(f"with {line}", fontsize=8)
+        ax.set(xlim=(-1.05, 1.05), xticks=[-1, -0.5, 0, 0.5, 1], ylim=(count - 0.5, -0.5))
+    axes[0].axvline(0.92, color="0.5", ls=":", lw=1)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    title = "Does relative contrast follow what models lose with the object?"
+    figure.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
     return figure, correlation
 
 
@@ -1157,7 +1170,11 @@ def findings(
     for variant in VARIANTS:
         part = table[(table["variant"] == variant) & table["method"].isin(run.settings.methods)]
         means = summarize(part, ["metric", "method"], "value", run.settings.seed)
-        for metric, cells in means.groupby("metric", sort=False):
+        for metric in METRICS:
+            cells = means[means["metric"] == metric].dropna(subset="mean")
+            if not len(cells):
+                lines.append(f"- {metric} ({variant}): no image counts.")
+                continue
             best, worst = cells.loc[cells["mean"].idxmax()], cells.loc[cells["mean"].idxmin()]
             told = (
                 f"{plots.label(row['method'])} {row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['n']}"
@@ -1166,13 +1183,16 @@ def findings(
             lines.append(f"- {metric} ({variant}): highest {'; lowest '.join(told)}.")
     for name, w in agreement.items():
         lines.append(f"- Kendall's W of the metrics ({name}): {w.mean:.2f} [{w.low:.2f}, {w.high:.2f}], n = {w.n}.")
-    for row in by_rule.itertuples():
+    for row in by_rule[by_rule["n"] > 0].itertuples():
         lines.append(
             f"- {row.metric}, consensus ({plots.label(row.rule)}) {row.consensus:.3f}, members {row.members:.3f}: "
             f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}], n = {row.n}, Holm-corrected p = {row.holm:.4f}."
         )
-    defined = correlation[(correlation["model"] == "mean") & (correlation["variant"] == "original")].dropna()
-    if len(defined):
-        count = int((defined["low"] > 0).sum())
-        lines.append(f"- RMCS follows accuracy drop (interval above 0) for {count} of {len(defined)} methods.")
+    for against, line in DROPS.items():
+        rows = (
+            correlation[correlation["against"] == against].query("model == 'mean' and variant == 'original'").dropna()
+        )
+        for sign, count in (("above", (rows["low"] > 0).sum()), ("below", (rows["high"] < 0).sum())):
+            if len(rows):
+                lines.append(f"- RMCS and {line}: correlation {sign} 0 for {count} of {len(rows)} methods.")
     return "\n".join(lines)

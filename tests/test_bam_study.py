@@ -198,17 +198,18 @@ def test_the_best_other_is_chosen_on_the_other_half():
 def relative(run):
     """Object marked in proportion to 1 / k; the model of k loses accuracy on its first images."""
     names, ks = run.settings.relative_models, [1, 4, 8, bam_study.ALL]
-    maps, correct, drop = {}, {}, {}
+    maps, correct, drop, logit_drop = {}, {}, {}, {}
     for a, (name, k) in enumerate(itertools.product(names, ks)):
         correct[name, k] = torch.ones(N, dtype=torch.bool)
         drop[name, k] = (torch.arange(N) < 8 / k).double() if k < bam_study.ALL else torch.zeros(N).double()
+        logit_drop[name, k] = 5.0 / k + 0.1 * torch.randn(N, generator=generator(a)).double()
         for b, method in enumerate([*METHODS[:2], "random"]):
             strength = 4.0 / k * (method != "random")
             noise = torch.rand(N, SIDE, SIDE, generator=generator(1000 * a + b))
             maps[name, k, method] = strength * run.dataset.masks + noise
     correct[names[0], 4][3] = False
     correct[names[1], bam_study.ALL][5] = False
-    return bam_study.Relative(run.dataset, maps, correct, drop)
+    return bam_study.Relative(run.dataset, maps, correct, drop, logit_drop)
 
 
 def test_relative_scores_and_their_correlation(run, relative):
@@ -233,11 +234,13 @@ def test_relative_scores_and_their_correlation(run, relative):
     }
     found = bam_study.relative_correlation(run, table)
     assert set(found["model"]) == {first, second, "mean"} and "random" not in set(found["method"])
-    row = found[(found["model"] == first) & (found["method"] == "grad_cam") & (found["variant"] == "original")].iloc[0]
     cells = table.query("method == 'grad_cam' and variant == 'original'")
-    means = cells[cells["model"] == first].groupby("k")[["value", "drop"]].mean()
-    assert row["mean"] == pytest.approx(statistics.correlation(means["value"], means["drop"]))
-    assert row["n"] == N and row["low"] <= row["mean"] <= row["high"]
+    means = cells[cells["model"] == first].groupby("k")[["value", "drop", "logit_drop"]].mean()
+    for against in ("drop", "logit_drop"):
+        rows = found.query("against == @against and model == @first and method == 'grad_cam' and variant == 'original'")
+        row = rows.iloc[0]
+        assert len(rows) == 1 and row["mean"] == pytest.approx(statistics.correlation(means["value"], means[against]))
+        assert row["n"] == N and row["low"] <= row["mean"] <= row["high"]
 
 
 def test_harmonized_relative_contrast(run, relative):
@@ -255,7 +258,7 @@ def test_harmonized_relative_contrast(run, relative):
     assert row.loc["image-00", "consensus"] == pytest.approx(expected, abs=1e-9)
     alone = [float(g([name], 4) - g([name], bam_study.ALL)) for name in (first, second)]
     assert row.loc["image-00", "members"] == pytest.approx(statistics.fmean(alone), abs=1e-9)
-    assert not len(bam_study.relative_scores(bam_study.Relative(run.dataset, {}, {}, {})))
+    assert not len(bam_study.relative_scores(bam_study.Relative(run.dataset, {}, {}, {}, {})))
 
 
 def test_relative_images_show_one_object_in_one_scene(run):
@@ -308,8 +311,8 @@ def test_claims_read_the_right_sides(run):
         for metric, high, low in (("MCS", 0.3, 0.4), ("IDR", 0.9, 0.6), ("IIR", 0.2, 0.5))
     )
     agreement = {"ReLU CNNs, original": Interval(0.4, 0.3, 0.5, 8)}
-    columns = ["variant", "model", "method", "mean", "low", "high", "n"]
-    correlation = pd.DataFrame([("original", "mean", "grad_cam", 0.9, 0.7, 1.0, 8)], columns=columns)
+    columns = ["against", "variant", "model", "method", "mean", "low", "high", "n"]
+    correlation = pd.DataFrame([("drop", "original", "mean", "grad_cam", 0.9, 0.7, 1.0, 8)], columns=columns)
     found = bam_study.measured(fake, table, agreement, correlation, harmonized)
     expected = {
         "bam_grad_cam_contrast": 0.2,
@@ -331,7 +334,7 @@ def test_claims_read_the_right_sides(run):
 
 
 def test_prepare_refuses_what_it_cannot_judge(run):
-    with pytest.raises(HarmonizeError, match="made up has no masks or no without_object"):
+    with pytest.raises(HarmonizeError, match="made up has no without_object"):
         bam_study.prepare(run)
     data = load_dataset("shapes-on-scenes", "test", 2)
     settings = check("07_bam", {"rules": ["median"]})
