@@ -347,29 +347,6 @@ class RealityChecks(Study):
         return given
 
 
-class Explorer(Patches):
-    """Notebook 14."""
-
-    n_images: int = Field(20, ge=2, le=100_000, description="test images to choose from")
-    fraction: Fraction = Field(0.1, description="share k at the start, one of fractions")
-    rules: list[str] = Field(
-        ["mean", "median", "borda", "rrf", "agg_var", "crh"],
-        min_length=1,
-        description="rules of consensus to choose from",
-    )
-    picture: str = Field(
-        "", description="a picture of your own for the last figure; empty: a photograph of scikit-learn's"
-    )
-
-    @field_validator("rules")
-    @classmethod
-    def _known(cls, given: list[str]) -> list[str]:
-        for rule in given:
-            if rule not in list_rules():
-                raise unknown("rule", rule, list_rules())
-        return given
-
-
 class Decomposition(Parameters):
     """Notebook 10."""
 
@@ -451,7 +428,6 @@ NOTEBOOKS: dict[str, type[BaseModel]] = {
     "11_explanation_penalties": ExplanationPenalties,
     "12_transformations_and_wavelets": Transformations,
     "13_reality_checks": RealityChecks,
-    "14_explorer": Explorer,
 }
 
 

@@ -52,7 +52,7 @@ def test_every_combination_in_the_order_of_the_grid(tmp_path):
         ({"grid": {"pach": [4]}}, "did you mean 'patch'"),
         ({"grid": {'open("x","w").close(); z': [4]}}, "unknown parameter of 03_feature_images"),
         ({"grid": {"patch": [4, "four"]}}, "'patch'.*valid integer"),
-        ({"base": {"dataset": "2020-01-01"}, "grid": {"patch": [1, 2]}}, None),
+        ({"base": {"dataset": "shapes-on-scenes"}, "grid": {"patch": [1, 2]}}, None),
         ("notebook: 3\nbase: {dataset: 2020-01-01}\ngrid: {patch: [1, 2]}", "'dataset'.*is no JSON value"),
         ("notebook: 3\ngrid: {patch: [.nan, 2]}", "'patch'.*is no JSON value"),
     ],
