@@ -516,7 +516,7 @@ def harmonized_relative(run: Run, relative: Relative) -> pd.DataFrame:
         for method in methods:
             alone, together = {}, {}
             for k in ks:
-                given = {name: relative.maps[name, k, method] for name in names}
+                given = {name: _entering(relative.maps[name, k, method], False) for name in names}
                 both = _alone_and_together(given, {"all": names}, rule, False)
                 one, many = (
                     {key: bam.concept_attribution(m, _masks(relative.data)).values for key, m in part.items()}
@@ -566,15 +566,19 @@ def relative_correlation(run: Run, relative: pd.DataFrame) -> pd.DataFrame:
 # Harmonized maps.
 
 
-def _alone_and_together(
-    maps: Mapping[str, Tensor], pools: Mapping[str, Sequence[str]], rule: str, signed: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The rule applied to every model's maps alone, and to every pool.
+def _entering(maps: Tensor, signed: bool) -> Tensor:
+    """Maps as they enter a rule: on BAM's own scale; a map without scale is 0, which has no vote."""
+    return bam.scaled_map(maps, signed).nan_to_num(0)
 
-    Maps enter on BAM's own scale, on which a constant map (no scale) is 0 and has no vote. Signed maps keep their
-    zero: rules of values divide by the sum of magnitudes instead of shifting the least value to 0.
+
+def _alone_and_together(
+    scaled: Mapping[str, Tensor], pools: Mapping[str, Sequence[str]], rule: str, signed: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The rule applied to every model's scaled maps alone, and to every pool.
+
+    Signed maps keep their zero: rules of values divide by the sum of magnitudes instead of shifting the least value
+    to 0.
     """
-    scaled = {name: bam.scaled_map(values, signed).nan_to_num(0) for name, values in maps.items()}
     normalization = "l1" if signed and RULES[rule].normalization is not None else None
     apply = partial(consensus, rule=rule, normalization=normalization)
     alone = {name: apply(values[None]) for name, values in scaled.items()}
@@ -623,43 +627,38 @@ def harmonized_scores(run: Run, bench: Bench, maps: Maps) -> pd.DataFrame:
     """
     settings, masks = run.settings, _masks(run.dataset)
     methods = [method for method in settings.harmonized_methods if method in settings.methods]
-    jobs = [
-        (variant, rule, method)
-        for variant in VARIANTS
-        for rule in (settings.rules if variant == "original" else [settings.rule])
-        for method in methods
-    ]
     parts = []
-    for variant, rule, method in tqdm(jobs, desc="harmonized maps", mininterval=1):
+    jobs = [(variant, method) for variant in VARIANTS for method in methods]
+    for variant, method in tqdm(jobs, desc="harmonized maps", mininterval=1):
         signed = VARIANTS[variant]
         names = [name for name in run.models if (OBJECT, name, method) in maps]
         pools = held_out(names, run.models)
-        alone, together = {}, {}
-        for condition in CONDITIONS:
-            given = {name: maps[condition, name, method] for name in names}
-            both = _alone_and_together(given, pools, rule, signed)
-            alone[condition], together[condition] = (
-                {name: bam.concept_attribution(values, masks, signed).values for name, values in part.items()}
-                for part in both
-            )
-        for metric, (a, b) in PAIRS.items():
-            for target, pool in pools.items():
-                counted = torch.stack([bench.correct[metric][name] for name in pool]).all(0)
-                members = torch.stack(
-                    [_compare(metric, alone[a][m], alone[b][m], settings.threshold) for m in pool]
-                ).mean(0)
-                pooled = _compare(metric, together[a][target], together[b][target], settings.threshold)
-                values = {
-                    "consensus": pooled,
-                    "members": members,
-                    "object": together[OBJECT][target],
-                    "scene": together[SCENE][target],
-                    "member_object": torch.stack([alone[OBJECT][m] for m in pool]).mean(0),
-                    "member_scene": torch.stack([alone[SCENE][m] for m in pool]).mean(0),
-                }
-                cell = {"metric": metric, "variant": variant, "rule": rule, "target": target, "method": method}
-                columns = {k: v.masked_fill(~counted, torch.nan).numpy() for k, v in values.items()}
-                parts.append(pd.DataFrame(cell | {"image": run.dataset.ids} | columns))
+        scaled = {c: {name: _entering(maps[c, name, method], signed) for name in names} for c in CONDITIONS}
+        for rule in [settings.rule] if signed else settings.rules:
+            alone, together = {}, {}
+            for condition in CONDITIONS:
+                alone[condition], together[condition] = (
+                    {name: bam.concept_attribution(values, masks, signed).values for name, values in part.items()}
+                    for part in _alone_and_together(scaled[condition], pools, rule, signed)
+                )
+            for metric, (a, b) in PAIRS.items():
+                for target, pool in pools.items():
+                    counted = torch.stack([bench.correct[metric][name] for name in pool]).all(0)
+                    members = torch.stack(
+                        [_compare(metric, alone[a][m], alone[b][m], settings.threshold) for m in pool]
+                    ).mean(0)
+                    pooled = _compare(metric, together[a][target], together[b][target], settings.threshold)
+                    values = {
+                        "consensus": pooled,
+                        "members": members,
+                        "object": together[OBJECT][target],
+                        "scene": together[SCENE][target],
+                        "member_object": torch.stack([alone[OBJECT][m] for m in pool]).mean(0),
+                        "member_scene": torch.stack([alone[SCENE][m] for m in pool]).mean(0),
+                    }
+                    cell = {"metric": metric, "variant": variant, "rule": rule, "target": target, "method": method}
+                    columns = {k: v.masked_fill(~counted, torch.nan).numpy() for k, v in values.items()}
+                    parts.append(pd.DataFrame(cell | {"image": run.dataset.ids} | columns))
     return pd.concat(parts, ignore_index=True)
 
 
