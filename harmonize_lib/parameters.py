@@ -54,6 +54,13 @@ def _folder(folder: str) -> str:
     return folder
 
 
+def _known_rules(given: list[str] | str) -> list[str] | str:
+    for rule in [given] if isinstance(given, str) else given:
+        if rule not in list_rules():
+            raise unknown("rule", rule, list_rules())
+    return given
+
+
 class Parameters(BaseModel):
     """What every notebook takes."""
 
@@ -71,10 +78,7 @@ class Parameters(BaseModel):
         check_name(name)
         return name
 
-    @field_validator("output")
-    @classmethod
-    def _writable(cls, folder: str) -> str:
-        return _folder(folder)
+    _writable = field_validator("output")(_folder)
 
     @model_validator(mode="after")
     def _patches_fill_the_image(self) -> Parameters:
@@ -188,13 +192,7 @@ class Harmonization(Patches):
     )
     n_shown: int = Field(2, ge=1, le=8, description="images in the gallery")
 
-    @field_validator("rules", "rule")
-    @classmethod
-    def _known(cls, given: list[str] | str) -> list[str] | str:
-        for rule in [given] if isinstance(given, str) else given:
-            if rule not in list_rules():
-                raise unknown("rule", rule, list_rules())
-        return given
+    _known = field_validator("rules", "rule")(_known_rules)
 
 
 class FeatureDetectors(Study):
@@ -243,13 +241,7 @@ class Bam(Study):
     harmonized_methods: list[str] = Field(STUDY_METHODS, description="those of methods that are harmonized")
     n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")
 
-    @field_validator("rules", "rule")
-    @classmethod
-    def _known(cls, given: list[str] | str) -> list[str] | str:
-        for rule in [given] if isinstance(given, str) else given:
-            if rule not in list_rules():
-                raise unknown("rule", rule, list_rules())
-        return given
+    _known = field_validator("rules", "rule")(_known_rules)
 
 
 class ExpectedGradients(Parameters):
@@ -339,12 +331,7 @@ class RealityChecks(Study):
     rule: str = Field("mean", description="the rule of consensus")
     n_shown: int = Field(1, ge=1, le=8, description="images in the gallery")
 
-    @field_validator("rule")
-    @classmethod
-    def _known(cls, given: str) -> str:
-        if given not in list_rules():
-            raise unknown("rule", given, list_rules())
-        return given
+    _known = field_validator("rule")(_known_rules)
 
 
 class Decomposition(Parameters):
@@ -374,10 +361,7 @@ class Simulation(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything random")
     output: str = Field("", description="folder for the figures, empty for the one of the repository")
 
-    @field_validator("output")
-    @classmethod
-    def _writable(cls, folder: str) -> str:
-        return _folder(folder)
+    _writable = field_validator("output")(_folder)
 
 
 class ExplanationPenalties(Simulation):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harmonize_lib.decomposition import propagate
 from harmonize_lib.errors import HarmonizeError, unknown
-from harmonize_lib.tasks import logits_of, pick
+from harmonize_lib.priors import training_attributions
+from harmonize_lib.tasks import evaluated, logits_of
 
 KINDS = ("cdep", "rrr", "eg")
 FORMS = ("paper", "code")
@@ -24,7 +22,6 @@ def explanation_penalty(
     groups: Tensor,
     kind: str = "cdep",
     form: str = "paper",
-    references: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """How much a network uses pixels it should not use, to be added to its loss.
@@ -36,7 +33,7 @@ def explanation_penalty(
     - ``rrr``: mean over images of the sum over S of the squared norm, inside S, of the gradient of the image's own
       cross-entropy;
     - ``eg``: mean over images of the sum over S of the L1 norm, inside S, of expected gradients of the true class's
-      logit, one draw per image.
+      logit, one draw per image from the batch rolled by one (``priors.training_attributions``).
 
     Parameters
     ----------
@@ -52,8 +49,6 @@ def explanation_penalty(
         ``"cdep"``, ``"rrr"`` or ``"eg"``.
     form : str
         Of CDEP: ``"paper"`` or ``"code"``, which are different penalties.
-    references : Tensor | None
-        (N, C, H, W) one training image for each image, for ``"eg"``; None takes the batch rolled by one.
     generator : torch.Generator | None
         Positions on the path of ``"eg"``, on the CPU; needed for it alone.
 
@@ -91,31 +86,7 @@ def explanation_penalty(
             return _inside(_loss_gradient(model, x, y).square(), groups)
         if generator is None:
             raise HarmonizeError("kind 'eg' draws positions on the path: pass generator=torch.Generator()")
-        references = x.roll(1, 0) if references is None else references
-        return _inside(_expected_gradients(model, x, y, references, generator).abs(), groups)
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode afterwards, whatever happens.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-
-    Yields
-    ------
-    None
-        Nothing.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        return _inside(training_attributions(model, x, y, generator=generator).abs(), groups)
 
 
 def _cdep(model: nn.Module, x: Tensor, groups: Tensor, form: str) -> Tensor:
@@ -130,17 +101,6 @@ def _loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     losses = F.cross_entropy(logits_of(model, x), y, reduction="sum")
     return torch.autograd.grad(losses, x, create_graph=True)[0]
-
-
-def _expected_gradients(
-    model: nn.Module, x: Tensor, y: Tensor, references: Tensor, generator: torch.Generator
-) -> Tensor:
-    """One (reference, position) per image: the estimator that is used in training."""
-    way = x - references
-    position = torch.rand(len(x), 1, 1, 1, generator=generator).to(x)
-    at = (x - (1 - position) * way).detach().requires_grad_()
-    scores = pick(logits_of(model, at), y).sum()
-    return way * torch.autograd.grad(scores, at, create_graph=True)[0]
 
 
 def _inside(values: Tensor, groups: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmonize_lib.double_backward import DoubleBackward
 from harmonize_lib.errors import HarmonizeError, unknown
-from harmonize_lib.tasks import check_numbers, pick
+from harmonize_lib.tasks import check_numbers, evaluated, pick
 
 METHODS = ("expected_gradients", "integrated_gradients", "input_x_gradient", "gradients")
 FLOOR = 1e-12  # smallest variance of a map, and smallest sum of magnitudes, that something is divided by
@@ -123,7 +122,7 @@ def training_attributions(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     check_numbers(1, samples=samples)
-    with _eval_mode(model), sdpa_kernel(SDPBackend.MATH), DoubleBackward() as layers:
+    with evaluated(model), sdpa_kernel(SDPBackend.MATH), DoubleBackward() as layers:
         if method in ("gradients", "input_x_gradient"):
             slope = _slope(model, x, y, layers)
             return slope if method == "gradients" else x.detach() * slope
@@ -174,18 +173,6 @@ def _slope(model: nn.Module, at: Tensor, y: Tensor | None, layers: DoubleBackwar
     (slope,) = torch.autograd.grad(score.sum(), at, create_graph=True)
     layers.explaining = False
     return slope
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def pixel_prior(attributions: Tensor) -> Tensor:

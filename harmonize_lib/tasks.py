@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -321,3 +322,27 @@ def check_numbers(least: float, **values: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
             kind = "a whole number" if isinstance(least, int) else "a number"
             raise HarmonizeError(f"{name} must be {kind} of at least {least}, not {str(value)[:40]!r}")
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode afterwards, whatever happens.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+
+    Yields
+    ------
+    None
+        Nothing.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
