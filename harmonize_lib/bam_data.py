@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.std import tqdm
 
-from harmonize_lib.data import IMAGE_ENDINGS, Dataset, read_image
 from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.images import IMAGE_ENDINGS, Dataset, read_image
 
 LABELS = ("obj", "scene", "scene_only")
 OBJECTS = ("backpack", "bird", "dog", "elephant", "kite", "pizza", "stop_sign", "toilet", "truck", "zebra")
