@@ -27,7 +27,7 @@ from harmonize_lib.penalties import explanation_penalty
 from harmonize_lib.statistics import Interval, bootstrap_interval, paired_difference
 from harmonize_lib.storage import remember, sha256_tensors
 
-VERSION = 1
+VERSION = 2
 LEARNING_RATE = 3e-3
 TASKS = ("decoy", "color")
 FRAME = 2  # empty pixels around the 8x8 digits, so that a decoy covers none of the digit
