@@ -465,7 +465,7 @@ def draw_demonstration(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         left.plot(mean.index, mean, color=colors[name], lw=1.3, label=name)
         left.fill_between(mean.index, mean - half, mean + half, color=colors[name], alpha=0.15, lw=0)
     top = 1.15 * table.loc[table["epoch"] == table["epoch"].min(), "dependence"].abs().max()
-    left.set(xlabel="epoch", ylabel="dependence on the second copy (excursions are cut)", ylim=(-0.3 * top, top))
+    left.set(xlabel="epoch", ylabel="dependence (excursions are cut)", ylim=(-0.3 * top, top))
     left.set_title("Dependence on the redundant feature", fontsize=9)
     left.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     shown = summary[np.isfinite(summary["reported"]) | (summary["reached"] > 1)].reset_index(drop=True)

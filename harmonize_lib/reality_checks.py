@@ -612,7 +612,7 @@ def draw_curves(lines: pd.DataFrame, count: int, title: str, columns: int = 5) -
         for value in ceiling["mean"]:
             ax.axhline(value, color="0.45", ls=":", lw=1.2, label="second seed (mean of single models)")
         ax.axhline(0, color="0.3", lw=0.6)
-        ax.set_title(plots.label(method), fontsize=7.5, fontweight="normal")
+        ax.set_title(plots.label(method), fontsize=7, fontweight="normal")
         names = ["none", *(stage_name(i, count) if cascades else str(i) for i in range(1, count + 1))]
         ax.set_xticks(range(count + 1), names, fontsize=6, rotation=45 if cascades else 0)
         ax.tick_params(axis="y", labelsize=6)

@@ -207,18 +207,18 @@ def inputs_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "parameters": dict(parameters),
         "notebook": sha256_json(code),
-        **_installation(),
+        **_installation(paths.ROOT, paths.WEIGHTS),
         "files": {text: _listing(text) for text in sorted(_texts(parameters))},
     }
 
 
 @lru_cache
-def _installation() -> dict[str, Any]:
-    modules = [path for path in (paths.ROOT / "harmonize_lib").glob("*.py") if path.name not in NOT_READ_BY_NOTEBOOKS]
-    weights = [path for path in paths.WEIGHTS.glob("*") if path.suffix in (".json", ".safetensors")]
+def _installation(root: Path, weights: Path) -> dict[str, Any]:
+    modules = [path for path in (root / "harmonize_lib").glob("*.py") if path.name not in NOT_READ_BY_NOTEBOOKS]
+    trained = [path for path in weights.glob("*") if path.suffix in (".json", ".safetensors")]
     return {
         "library": sha256_json({path.name: sha256_file(path) for path in modules}),
-        "weights": sha256_json({path.name: sha256_file(path) for path in weights}),
+        "weights": sha256_json({path.name: sha256_file(path) for path in trained}),
         "versions": {package: version(package) for package in (*PACKAGES, "papermill")},
     }
 
