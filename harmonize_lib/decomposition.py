@@ -52,6 +52,9 @@ def contextual_decomposition(model: nn.Module, images: Tensor, masks: Tensor) ->
     ACD's code for BatchNorm, instead of half the group's: the empty group then has beta = 0, exactly. A group that
     leaves no rest has all of the logits.
 
+    A bias is split in proportion to the parts, which jumps where both are near 0. On the zoo's MobileNet a change of
+    the weights by their last bit moves a map by 0.1 to 0.2 % (median), on its ResNet by 0.0001 %.
+
     Every rule keeps the sum, so gamma is carried as what the full pass leaves beside beta; carrying it apart by its
     own rule gives the same (the tests do both).
 

@@ -104,11 +104,15 @@ def completeness(run: study.Run) -> pd.DataFrame:
         key["images"] = sha256_tensors({"images": images, "labels": labels, "references": start})
         key["draws"] = run.settings.draws
         gaps = remember("completeness", key, partial(_gaps, run, model, start))
-        for column, gap in gaps.items():
-            estimator, _, size = column.rpartition(" ")
-            part = {"image": run.dataset.ids, "gap": gap.numpy()}
-            rows.append(pd.DataFrame(part).assign(estimator=estimator, model=name, references=int(size)))
+        for estimator, size, column in sorted((*_parts(column), column) for column in gaps):
+            part = {"image": run.dataset.ids, "gap": gaps[column].numpy()}
+            rows.append(pd.DataFrame(part).assign(estimator=estimator, model=name, references=size))
     return pd.concat(rows, ignore_index=True)[["estimator", "model", "image", "references", "gap"]]
+
+
+def _parts(column: str) -> tuple[str, int]:
+    estimator, _, size = column.rpartition(" ")
+    return estimator, int(size)
 
 
 def _gaps(run: study.Run, model: Model, start: Tensor) -> dict[str, Tensor]:

@@ -415,14 +415,22 @@ def find_device(device: str) -> torch.device:
     ------
     HarmonizeError
         It is not there.
+
+    Notes
+    -----
+    On a GPU this process then convolves in full float32 instead of TF32, and repeats itself, so that attributions are
+    the CPU's up to rounding.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise HarmonizeError(f"device {device!r} is not available here: use 'auto' or 'cpu'") from error
+    if place.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     return place
 
 

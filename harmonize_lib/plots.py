@@ -19,6 +19,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from torch import Tensor
 
 from harmonize_lib import paths
@@ -270,9 +271,9 @@ def gallery(
     label_width = 0.075 * max(len(line) for name in row_labels for line in name.split("\n"))
     titled = sum(any(title for _, title in row) for row in rows)
     size = (width * columns + label_width, (width + 0.02) * len(rows) + 0.2 * titled)
-    layout = "none" if column_labels else "constrained"
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout=layout)
-    if column_labels:
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    if column_labels:  # no layout at all would become the style's when the figure is saved
+        figure.set_layout_engine(PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=False))
         figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.06, hspace=0.06)
     else:
         figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)

@@ -19,6 +19,7 @@ from tqdm.std import tqdm
 from harmonize_lib import plots
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.models import find_device
 from harmonize_lib.priors import expected_gradients_penalty, pixel_prior, training_attributions
 from harmonize_lib.statistics import Interval, t_interval
 from harmonize_lib.storage import remember, sha256_json, sha256_tensors
@@ -213,7 +214,7 @@ def train_with_prior(
     Parameters
     ----------
     images : tuple[Tensor, Tensor]
-        x (N, C, H, W) and labels (N).
+        x (N, C, H, W) and labels (N); the network trains on their device.
     classes : int
         K.
     recipe : Recipe
@@ -243,7 +244,7 @@ def train_with_prior(
     x, y = images
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # initial weights and dropout
-        network = build_network(recipe, x.shape[1:], classes).train()
+        network = build_network(recipe, x.shape[1:], classes).to(x.device).train()
         draws = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, recipe.decay)
@@ -284,7 +285,7 @@ def flip_pixels(images: Tensor, share: float, generator: torch.Generator) -> Ten
     """
     if share == 0:
         return images
-    z = torch.randn(images.shape, generator=generator)
+    z = torch.randn(images.shape, generator=generator).to(images.device)
     threshold = float(norm.ppf(1 - share / 2))
     return (images + (z > threshold).float() - (z < -threshold).float()).clamp(-0.5, 0.5)
 
@@ -306,7 +307,7 @@ def add_gaussian(images: Tensor, sigma: float, generator: torch.Generator) -> Te
     Tensor
         Like ``images``.
     """
-    return images + sigma * torch.randn(images.shape, generator=generator)
+    return images + sigma * torch.randn(images.shape, generator=generator).to(images.device)
 
 
 NOISES: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
@@ -390,6 +391,7 @@ def pixel_study(
     seeds: Sequence[int],
     levels: Mapping[str, Sequence[float]],
     n_shown: int,
+    device: str = "cpu",
 ) -> dict[tuple[str, float], dict[str, Tensor]]:
     """Train every arm with every weight and seed; each network's measurements are stored, so a killed run resumes.
 
@@ -407,12 +409,15 @@ def pixel_study(
         Noise, a name of ``NOISES``, to its levels.
     n_shown : int
         Test images whose maps are kept.
+    device : str
+        As :func:`harmonize_lib.models.find_device` takes it.
 
     Returns
     -------
     dict[tuple[str, float], dict[str, Tensor]]
         (arm, lambda) to what :func:`measure` gives, stacked over seeds in front.
     """
+    place = find_device(device)
     fixed = {
         "version": VERSION,
         "data": sha256_tensors({"x": data.train[0], "y": data.train[1], "test": data.test[0]}),
@@ -426,10 +431,12 @@ def pixel_study(
         for weight in (weights if method else [0.0])
         for seed in seeds
     ]
+    train, validation, test = ((x.to(place), y.to(place)) for x, y in (data.train, data.validation, data.test))
+    on_device = data._replace(train=train, validation=validation, test=test)
     parts: dict[tuple[str, float], list[dict[str, Tensor]]] = {}
     for arm, weight, seed in tqdm(jobs, desc=f"pixel prior on {data.name}", mininterval=1):
         key = fixed | {"method": ARMS[arm], "weight": weight, "seed": seed}
-        compute = partial(_train_and_measure, data, recipe, ARMS[arm], weight, seed, levels, n_shown)
+        compute = partial(_train_and_measure, on_device, recipe, ARMS[arm], weight, seed, levels, n_shown)
         parts.setdefault((arm, weight), []).append(remember("pixel-prior", key, compute))
     return {
         place: {name: torch.stack([part[name] for part in several]) for name in several[0]}

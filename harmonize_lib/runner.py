@@ -38,6 +38,7 @@ STOP_SECONDS = 15  # how long a notebook that is stopped may take to save itself
 CONNECT_SECONDS = 10
 WORKER_SECONDS = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,9 @@ def run_notebook(job: Job, show: Callable[[str], None] | None = None) -> Outcome
     Notes
     -----
     Kernels compute on one thread: floating-point sums depend on the number of threads, and results must not depend
-    on how many notebooks run at once. ``OMP_NUM_THREADS`` overrules that.
+    on how many notebooks run at once. ``OMP_NUM_THREADS`` overrules that. They keep the memory they free: a pass over
+    a batch takes and frees hundreds of megabytes, and Dask has its workers give these back each time, which can cost
+    more than the computation.
     """
     job.target.parent.mkdir(parents=True, exist_ok=True)
     job.status.unlink(missing_ok=True)
@@ -296,7 +299,7 @@ def run_notebook(job: Job, show: Callable[[str], None] | None = None) -> Outcome
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=job.cwd,
-        env=ONE_THREAD | dict(os.environ) | job.environment,
+        env=ONE_THREAD | dict(os.environ) | KEEP_MEMORY | job.environment,
         start_new_session=True,  # Ctrl-C reaches this process, which tells the child
         text=True,
     )
@@ -477,6 +480,7 @@ def _one_by_one(jobs: Sequence[Job], end: Callable[[Job, Outcome], None]) -> Non
 @contextmanager
 def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
     """A client of the scheduler, or of a cluster of single-threaded local processes."""
+    import dask
     from distributed import Client, LocalCluster
 
     for name in ("distributed", "tornado", "asyncio"):
@@ -484,6 +488,7 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
     if scheduler is None:
         quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "memory_limit": 0}
         with (
+            dask.config.set({"distributed.nanny.pre-spawn-environ": ONE_THREAD | KEEP_MEMORY}),
             LocalCluster(workers, threads_per_worker=1, host="127.0.0.1", **quiet) as cluster,
             Client(cluster) as client,
         ):

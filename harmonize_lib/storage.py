@@ -181,15 +181,15 @@ def remember(
     Returns
     -------
     dict[str, Tensor]
-        The tensors. A stored file whose checksum does not match is computed again, and a warning says so.
+        The tensors, in the order of their names. A stored file whose checksum does not match is computed again, and a warning says so.
     """
     path = stored_at(kind, key, folder)
     if path.exists():
         checksum, _, data = path.read_bytes().partition(b"\n")
         if checksum.decode("ascii", "replace") == sha256_bytes(data):
-            return load(data)
+            return dict(sorted(load(data).items()))
         warnings.warn(f"stored {kind} {path.stem[:12]} is corrupt: computing it again", stacklevel=2)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in compute().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(compute().items())}
     data = save(tensors)
     write_atomic(path, sha256_bytes(data).encode() + b"\n" + data)
     return tensors

@@ -15,11 +15,12 @@ def test_computed_once_then_read(tmp_path):
 
     def compute():
         calls.append(1)
-        return {"a": torch.arange(3), "b": torch.tensor([0.5, float("nan")])}
+        return {"b": torch.tensor([0.5, float("nan")]), "c": torch.zeros(2), "a": torch.arange(3)}
 
     first = remember("kind", {"x": 1}, compute, tmp_path)
     again = remember("kind", {"x": 1}, compute, tmp_path)
     assert len(calls) == 1 and torch.equal(first["a"], again["a"])
+    assert list(first) == list(again) == ["a", "b", "c"]
     torch.testing.assert_close(first["b"], again["b"], equal_nan=True)
     remember("kind", {"x": 2}, compute, tmp_path)
     assert len(calls) == 2
