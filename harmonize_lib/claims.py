@@ -502,7 +502,7 @@ def gather_claims(figures: Path) -> pd.DataFrame:
     pd.DataFrame
         The ledger as text, in the order of the notebooks.
     """
-    parts = [pd.read_csv(path, dtype=str) for path in sorted(figures.glob("*/claims.csv"))]
+    parts = [pd.read_csv(path, dtype=str) for path in sorted(figures.glob("[0-9][0-9]_*/claims.csv"))]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
 
 
@@ -558,6 +558,37 @@ def in_words(ledger: pd.DataFrame) -> str:
         f"n = {row.n}. Criterion: {row.criterion}."
         for row in ledger.itertuples()
     )
+
+
+def elsewhere_in_words(ledger: pd.DataFrame, folder: Path) -> str:
+    """Say which verdicts of a notebook hold in a run of it on other data.
+
+    Parameters
+    ----------
+    ledger : pd.DataFrame
+        From :func:`write_claims`.
+    folder : Path
+        The figures of the other run.
+
+    Returns
+    -------
+    str
+        Markdown: one line per claim, then how many verdicts are the same.
+    """
+    path = folder / "claims.csv"
+    if not path.is_file():
+        return f"No run on other data stands in `{folder.parent.name}/{folder.name}`."
+    there = pd.read_csv(path, dtype=str).set_index("id")
+    lines, count, same = [], 0, 0
+    for here in ledger[ledger["id"].isin(there.index)].itertuples():
+        other = there.loc[here.id]
+        tested = UNTESTABLE not in (here.verdict, other["verdict"])
+        same += tested and here.verdict == other["verdict"]
+        count += tested
+        numbers = f", {other['estimate']} [{other['low']}, {other['high']}], n = {other['n']}" if tested else ""
+        verdict = other["verdict"] if tested else "not testable"
+        lines.append(f"- {here.reported}: {verdict} there{numbers}; {here.verdict} here, {here.estimate}.")
+    return "\n".join([*lines, "", f"{same} of {count} verdicts that can be tested there are the same."])
 
 
 def readme_text(text: str, ledger: pd.DataFrame) -> str:

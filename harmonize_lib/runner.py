@@ -29,7 +29,7 @@ from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import Model, load_model
-from harmonize_lib.parameters import NOTEBOOKS, check
+from harmonize_lib.parameters import NOTEBOOKS, Transfer, check
 from harmonize_lib.plots import PACKAGES
 from harmonize_lib.storage import sha256_file, sha256_json, write_atomic
 
@@ -512,21 +512,38 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
 
 
 def _completed(client: Any, function: Callable[[Any], Any], units: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    """Units with their results as they come; a unit that could not be done has a failed outcome as result."""
+    """Units with their results as they come; a unit that could not be done has a failed outcome as result.
+
+    Every worker has one unit: Dask, given all of them, would hand them out at once, short ones behind long ones.
+    """
     from distributed import as_completed
 
-    futures = {client.submit(function, unit, pure=False, priority=-i): unit for i, unit in enumerate(units)}
-    for future in as_completed(list(futures), raise_errors=False):
+    waiting, running = list(reversed(units)), as_completed(raise_errors=False)
+    futures: dict[Any, Any] = {}
+
+    def fill() -> None:
+        while waiting and len(futures) < max(1, sum(client.nthreads().values())):
+            unit = waiting.pop()
+            future = client.submit(function, unit, pure=False)
+            futures[future] = unit
+            running.add(future)
+
+    fill()
+    for future in running:
         unit = futures.pop(future)  # a result that is kept on a worker is computed again when that worker dies
         if future.status == "finished":
+            fill()
             yield unit, future.result()
         elif future.status == "error":
+            fill()
             error = future.exception()
             killed = type(error).__name__ == "KilledWorker"
             line = "its worker was killed again and again" if killed else f"{type(error).__name__}: {error}"
             yield unit, Outcome("failed", None, line.splitlines()[0])
         else:
             yield unit, Outcome("failed", None, "the Dask scheduler went away")
+    for unit in reversed(waiting):
+        yield unit, Outcome("failed", None, "the Dask scheduler went away")
 
 
 def _interrupted(job: Job, began: float) -> Outcome:
@@ -549,7 +566,7 @@ def _dataset(name: str, n: int) -> Dataset:
     return load_dataset(name, "test", n)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _model(spec: str, device: str) -> Model:
     return load_model(spec, device=device)
 
@@ -596,7 +613,8 @@ def missing_maps(all_settings: Iterable[Any]) -> list[Maps]:
         if not getattr(settings, "extracts", False):
             continue
         dataset = _dataset(settings.dataset, settings.n_images)
-        for spec in settings.models:
+        seconds = map(study.second_seed, settings.models if isinstance(settings, Transfer) else [])
+        for spec in (*settings.models, *filter(None, seconds)):
             model = _model(spec, settings.device)
             for method in settings.methods:
                 if refusal(model, method) is None:

@@ -181,7 +181,8 @@ def remember(
     Returns
     -------
     dict[str, Tensor]
-        The tensors, in the order of their names. A stored file whose checksum does not match is computed again, and a warning says so.
+        The tensors, in the order of their names. A stored file whose checksum does not match is computed again, and a
+        warning says so.
     """
     path = stored_at(kind, key, folder)
     if path.exists():

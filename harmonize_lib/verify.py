@@ -48,7 +48,7 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
     Parameters
     ----------
     figures : Path | None
-        One folder per notebook; None takes ``paths.FIGURES``.
+        One folder per notebook, and folders of such folders that hold runs on other data; None takes ``paths.FIGURES``.
     notebooks : Path | None
         The notebooks that made them; None takes ``paths.NOTEBOOKS``.
 
@@ -62,12 +62,14 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
     A figure is stale when the code cells that had run when it was saved are not the first cells its notebook holds
     now, or when it was made with other parameters or weights. An output is stale when the stamp it carries, of the
     same three, is not what the notebook would leave now. Text that is printed carries no stamp; nbval compares the
-    facts among it.
+    facts among it. Runs on other data are compared with their provenance alone.
     """
     figures, notebooks = figures or paths.FIGURES, notebooks or paths.NOTEBOOKS
     weights, problems = _shipped()
-    names = sorted({path.stem for path in notebooks.glob("*.ipynb")} | {path.name for path in _folders(figures)})
-    count = {"figures": 0, "timed": 0, "unshipped": 0}
+    others = [path for path in _folders(figures) if path.name not in parameters.NOTEBOOKS and _folders(path)]
+    found = {path.stem for path in notebooks.glob("*.ipynb")} | {path.name for path in _folders(figures)}
+    names = sorted(found - {path.name for path in others})
+    count = {"figures": 0, "timed": 0, "unshipped": 0, "others": 0}
     for name in names:
         try:
             notebook = read_notebook(notebooks / f"{name}.ipynb")
@@ -93,6 +95,10 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
         for line, those in shared.items():
             problems.append(f"{name}/{those[0]}: {line}" if len(those) == 1 else f"{name}: {len(those)} figures {line}")
         count["figures"] += len(told)
+    for folder in [path for other in sorted(others) for path in sorted(_folders(other))]:
+        told, broken = _provenance(folder)
+        problems += [f"{folder.parent.name}/{folder.name}/{line}" for line in (*broken, *_claims(folder))]
+        count["others"] += len(told)
     problems += _ledger(figures)
     verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
     facts = [
@@ -100,6 +106,7 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
         + (verdict if problems else "every file is what its provenance says"),
         f"{count['timed']} figures hold measured seconds and never repeat" if count["timed"] else "",
         f"{count['unshipped']} figures used models that do not ship" if count["unshipped"] else "",
+        f"{count['others']} figures of runs on other data hold what their provenance says" if count["others"] else "",
     ]
     return problems, "; ".join(fact for fact in facts if fact)
 

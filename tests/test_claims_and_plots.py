@@ -48,6 +48,19 @@ def test_ledger_gathers_notebooks_in_order_and_is_drawn_in_the_readme(tmp_path):
     assert text.count("**reproduced**") == 1 and text.count("**not reproduced**") == 1
 
 
+def test_verdicts_of_another_run_are_compared_where_both_can_be_tested(tmp_path):
+    nothing = Interval(float("nan"), float("nan"), float("nan"), 0)
+    here = {"transfer": Interval(0.8, 0.6, 0.9, 50), "inconsistency": Interval(-0.2, -0.3, -0.1, 50)}
+    here = claims.write_claims(tmp_path / "here", here | {"family": Interval(0.1, 0.05, 0.2, 50)})
+    there = {"transfer": Interval(0.7, 0.6, 0.8, 200), "inconsistency": Interval(0.2, 0.1, 0.3, 200)}
+    claims.write_claims(tmp_path / "there", there | {"family": nothing})
+    said = claims.elsewhere_in_words(here, tmp_path / "there").splitlines()
+    assert "reproduced there, 0.7000 [0.6000, 0.8000], n = 200; reproduced here, 0.8000." in said[0]
+    assert "not reproduced there, 0.2000" in said[1] and "not testable there; reproduced here, 0.1000." in said[2]
+    assert said[-1] == "1 of 2 verdicts that can be tested there are the same."
+    assert claims.elsewhere_in_words(here, tmp_path / "photos" / "04").startswith("No run on other data")
+
+
 def test_unknown_claim(tmp_path):
     with pytest.raises(HarmonizeError, match="unknown claim"):
         claims.write_claims(tmp_path, {"nonsense": Interval(0, 0, 0, 1)})

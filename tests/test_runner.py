@@ -16,7 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from harmonize_lib import HarmonizeError, runner
+from harmonize_lib import HarmonizeError, paths, runner
+from harmonize_lib.parameters import check
 from harmonize_lib.runner import Job, Outcome, in_one_line, is_unchanged, run_jobs, run_notebook
 
 SAVE = """
@@ -302,3 +303,13 @@ def test_braces_in_paths_are_no_format_strings(tmp_path):
     folder.mkdir()
     one = job(folder, "a")
     assert run_notebook(one).state == "finished" and sorted(p.name for p in tmp_path.iterdir()) == ["{x.__class__}"]
+
+
+def test_maps_of_second_seeds_are_shared_out_where_a_notebook_needs_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    few = {"n_images": 4, "models": ["resnet-obj", "vgg-obj"], "methods": ["saliency"]}
+    units = runner.missing_maps([check("03_feature_images", few), check("04_cross_architecture_transfer", few)])
+    assert [unit.model for unit in units] == ["resnet-obj", "vgg-obj", "resnet-obj-s1", "vgg-obj-s1"]
+    for unit in units:
+        runner.compute_maps(unit)
+    assert runner.missing_maps([check("04_cross_architecture_transfer", few)]) == []

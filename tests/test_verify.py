@@ -219,6 +219,15 @@ def test_a_criterion_changed_after_the_run(place):
     ]
 
 
+def test_a_run_on_other_data_is_compared_with_its_provenance_alone(place):
+    shutil.copytree(place / "figures" / NAME, place / "figures" / "photographs" / NAME)
+    (place / "figures" / "photographs" / "claims.csv").write_text("id\n")
+    found, summary = verify(place / "figures", place / "notebooks")
+    assert found == [] and summary.endswith("1 figures of runs on other data hold what their provenance says")
+    (place / "figures" / "photographs" / f"{FIGURE}.csv").write_text("edited\n")
+    assert problems(place) == [f"photographs/{NAME}/means.csv: changed after the run that made it (sha256 differs)"]
+
+
 def test_figures_without_a_notebook_and_a_notebook_without_figures(place):
     (place / "figures" / "99_gone").mkdir()
     shutil.rmtree(place / "figures" / NAME)
