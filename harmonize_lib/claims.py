@@ -332,7 +332,7 @@ CLAIMS: dict[str, Claim] = {
     "eg_rrr_cost": Claim(
         ERION,
         "EG and RRR are faster than CDEP (SI B, a whole VGG16)",
-        "processor time of a training step in ms, decoy digits: faster CDEP penalty minus slower of EG and RRR",
+        "million floating-point operations of a training step, decoy digits: cheaper CDEP minus dearer of EG and RRR",
         SIGN.format(side="above"),
         _positive,
     ),

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from harmonize_lib import plots
@@ -360,21 +362,15 @@ def fit(task: Shortcut, arm: str, strength: float, seed: int, epochs: int, batch
         Accuracy on the three held-out sets (``validation``, ``shifted validation``, ``shifted test``), ``seconds``
         of processor time per step, and the weights.
     """
-    x, y = task.x["train"], task.y["train"]
+    x = task.x["train"]
     model = network(x.shape[1], x.shape[2], seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     batches, drawn, positions = (torch.Generator().manual_seed(3 * seed + stream) for stream in range(3))
-    penalty = ARMS[arm]
     steps, started = 0, time.process_time()
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=batches)
         for rows in order[: len(x) // batch_size * batch_size].split(batch_size):
-            groups = groups_for(task, len(rows), drawn)
-            loss = F.cross_entropy(model(x[rows]), y[rows])
-            if penalty is not None:
-                loss = loss + strength * explanation_penalty(
-                    model, x[rows], y[rows], groups, penalty.kind, penalty.form, generator=positions
-                )
+            loss = _loss(model, task, rows, arm, strength, drawn, positions)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -386,6 +382,59 @@ def fit(task: Shortcut, arm: str, strength: float, seed: int, epochs: int, batch
         for name in SETS[1:]:
             result[name] = (model(task.x[name]).argmax(1) == task.y[name]).double().mean()
     return result | {f"weights.{name}": value for name, value in model.state_dict().items()}
+
+
+def _loss(
+    model: nn.Module,
+    task: Shortcut,
+    rows: Tensor,
+    arm: str,
+    strength: float,
+    drawn: torch.Generator,
+    positions: torch.Generator,
+) -> Tensor:
+    x, y, penalty = task.x["train"][rows], task.y["train"][rows], ARMS[arm]
+    groups = groups_for(task, len(rows), drawn)
+    loss = F.cross_entropy(model(x), y)
+    if penalty is None:
+        return loss
+    return loss + strength * explanation_penalty(model, x, y, groups, penalty.kind, penalty.form, generator=positions)
+
+
+def operations(task: Shortcut, arm: str, batch_size: int) -> int:
+    """Count what a training step computes, on whatever machine.
+
+    Parameters
+    ----------
+    task : Shortcut
+        The task.
+    arm : str
+        A key of ``ARMS``.
+    batch_size : int
+        Images of the step.
+
+    Returns
+    -------
+    int
+        Floating-point operations of convolutions and linear layers, forward and backward, as PyTorch counts them.
+    """
+    x = task.x["train"]
+    model, rows = network(x.shape[1], x.shape[2], 0), torch.arange(batch_size)
+    with _Operations() as counter:
+        _loss(model, task, rows, arm, 1.0, *(torch.Generator().manual_seed(stream) for stream in (1, 2))).backward()
+    return counter.total
+
+
+class _Operations(TorchDispatchMode):
+    """PyTorch's counts, without the hooks of its own counter, which contextual decomposition has no rule for."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def grid(settings: Any) -> tuple[pd.DataFrame, dict[tuple[str, str, float, int], nn.Module], dict[str, list[Shortcut]]]:
@@ -518,15 +567,19 @@ def selected_accuracy(chosen: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "arm", "protocol", "strength", "mean", "low", "high", "n"])
 
 
-def measured_claims(table: pd.DataFrame, chosen: pd.DataFrame, seed: int) -> dict[str, Interval]:
+def measured_claims(
+    chosen: pd.DataFrame, decoys: Sequence[Shortcut], batch_size: int, seed: int
+) -> dict[str, Interval]:
     """What the claims are judged by.
 
     Parameters
     ----------
-    table : pd.DataFrame
-        From :func:`grid`.
     chosen : pd.DataFrame
         From :func:`select`.
+    decoys : Sequence[Shortcut]
+        Decoy digits, one task per seed.
+    batch_size : int
+        Images of a training step.
     seed : int
         Seed of the bootstrap over networks.
 
@@ -548,10 +601,8 @@ def measured_claims(table: pd.DataFrame, chosen: pd.DataFrame, seed: int) -> dic
 
     unknown_shift, known = PROTOCOLS
     cdep, rivals = ("CDEP (paper)", "CDEP (code)"), ("RRR", "EG")
-    cost = table[table["task"] == "decoy"].groupby(["arm", "seed"])["seconds"].mean()
-    seconds = {arm: part.to_numpy() for arm, part in cost.groupby("arm")}
-    slower = max(rivals, key=lambda arm: seconds[arm].mean())
-    faster = min(cdep, key=lambda arm: seconds[arm].mean())
+    cost = {arm: np.array([operations(task, arm, batch_size) / 1e6 for task in decoys]) for arm in (*cdep, *rivals)}
+    dearer, cheaper = max(rivals, key=lambda arm: cost[arm].mean()), min(cdep, key=lambda arm: cost[arm].mean())
     measured = {
         "cdep_color": (better("color", known, cdep), better("color", known, (*rivals, "none"))),
         "cdep_color_unknown": (
@@ -564,7 +615,7 @@ def measured_claims(table: pd.DataFrame, chosen: pd.DataFrame, seed: int) -> dic
             better("decoy", unknown_shift, rivals, worst=True),
             better("decoy", unknown_shift, cdep),
         ),
-        "eg_rrr_cost": (1000 * seconds[faster], 1000 * seconds[slower]),
+        "eg_rrr_cost": (cost[cheaper], cost[dearer]),
     }
     return {name: paired_difference(a, b, seed) for name, (a, b) in measured.items()}
 

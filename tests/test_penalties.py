@@ -261,14 +261,23 @@ def test_strengths_are_chosen_by_validation_alone():
     assert (study.select(test_blind, 0.02)["strength"] == chosen["strength"]).all()
 
 
+def test_operations_of_a_plain_step_are_those_counted_by_hand():
+    """Forward, weights' and inputs' gradients cost the same; nobody asks for the gradient of the images."""
+    task = study.shortcut("decoy", study.load("digits", 100, 50, 50, 0), 0)
+    first, second, last = 2 * 9 * 8 * 12**2, 2 * 9 * 8 * 16 * 6**2, 2 * 16 * 3**2 * 10
+    assert study.operations(task, "none", 20) == 20 * (2 * first + 3 * second + 3 * last)
+    assert study.operations(task, "RRR", 20) > study.operations(task, "EG", 20) > 2 * study.operations(task, "none", 20)
+
+
 def test_claims_are_paired_over_seeds():
-    measured = study.measured_claims(table(), study.select(table(), 0.02), 0)
+    decoys = [study.shortcut("decoy", study.load("digits", 100, 50, 50, seed), seed) for seed in (0, 1)]
+    measured = study.measured_claims(study.select(table(), 0.02), decoys, 50, 0)
     expected = {
         "cdep_color": 0.2,
         "cdep_color_unknown": 0.2,
         "cdep_decoy": 0.405,
         "eg_rrr_decoy": -0.3,
-        "eg_rrr_cost": 0,
+        "eg_rrr_cost": (study.operations(decoys[0], "CDEP (paper)", 50) - study.operations(decoys[0], "RRR", 50)) / 1e6,
     }
     for name, value in expected.items():
         assert measured[name].mean == pytest.approx(value, abs=1e-9) and measured[name].n == 2, name
