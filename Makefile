@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+KERNEL := OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_MAX_=0  # as harmonize run has them
 
 .PHONY: env figures test lint notebooks
 
@@ -17,7 +18,7 @@ figures: env
 	$(BIN)/harmonize run
 
 notebooks: env  # execute in place: what is committed shows its outputs
-	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	TQDM_DISABLE=1 $(KERNEL) $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lint: env
 	$(BIN)/ruff check
@@ -27,4 +28,4 @@ lint: env
 
 test: lint
 	$(BIN)/python -m pytest tests
-	ls notebooks/*.ipynb | OMP_NUM_THREADS=1 HARMONIZE_FIGURES=$(CURDIR)/$(VENV)/figures xargs -n 1 -P 2 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 1800
+	ls notebooks/*.ipynb | $(KERNEL) HARMONIZE_FIGURES=$(CURDIR)/$(VENV)/figures xargs -n 1 -P 2 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 1800
