@@ -272,10 +272,13 @@ def params(notebook: Annotated[str, typer.Argument(help="number, name or path of
         print(f"\n{key}: {_kind(told)} = {default}{f'   ({allowed})' if allowed else ''}\n    {told['description']}")
 
 
+KINDS = {"string": "text", "integer": "whole number", "number": "number", "object": "mapping"}
+
+
 def _kind(told: dict[str, Any]) -> str:
     if told.get("type") == "array":
         return f"list of {_kind(told['items'])}"
-    return {"string": "text", "integer": "whole number", "number": "number"}.get(told.get("type", ""), "one of a list")
+    return KINDS.get(told.get("type", ""), "one of a list")
 
 
 def _range(told: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -411,8 +414,12 @@ def _time_estimate() -> str:
         count = sum(unit[2:4] == (model, method) for unit in units)
         seconds += seconds_of_shard(next(unit for unit in units if unit[2:4] == (model, method))) * count
     recorded = sum(_recorded_seconds(name) for name in todo)
-    line = f"time: {len(todo)} of {len(work)} notebooks to run; {len(units)} shards of attributions are missing, about"
-    return f"{line} {seconds:.0f} s on one core here; when last committed, the notebooks took {recorded:.0f} s in all"
+    jobs = _workers(None)
+    return (
+        f"time: about {(seconds + recorded) / jobs / 60:.0f} minutes in {jobs} jobs for {len(todo)} of {len(work)} "
+        f"notebooks: {seconds:.0f} s of one core here for {len(units)} shards of attributions that are missing, and "
+        f"{recorded:.0f} s that the notebooks took beyond that when last committed"
+    )
 
 
 def _recorded_seconds(notebook: str) -> float:
@@ -422,6 +429,7 @@ def _recorded_seconds(notebook: str) -> float:
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    sys.path.append(os.getcwd())  # where a user's python:module:callable lies
     try:
         code = app(args=_joined(sys.argv[1:]), prog_name="harmonize", standalone_mode=False)
     except TyperException as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -511,6 +511,9 @@ def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:
         _fill(network, _read_weights(Path(weights)), Path(weights))
     names: Any = network.classes
     given = {key: getattr(network, key) for key in ("mean", "std", "input_size") if hasattr(network, key)}
+    size = given.get("input_size", (1, 1))
+    if not isinstance(size, Sequence) or [type(side) for side in size] != [int, int]:
+        raise HarmonizeError(f"{spec}: input_size must be (height, width), not {str(size)[:40]}")
     return Model(network, spec, rest, tuple(names), **given)
 
 

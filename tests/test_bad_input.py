@@ -66,6 +66,7 @@ def place(tmp_path, monkeypatch):
         "from torch import nn\n"
         "def unnamed():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))\n"
         "def nothing():\n    return None\n"
+        "def oneside():\n    net = unnamed()\n    net.classes, net.input_size = ('a', 'b', 'c'), 64\n    return net\n"
     )
     return tmp_path
 
@@ -291,6 +292,7 @@ CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such Python module": (lambda place: load_model("python:nowhere:build"), "python:module:callable"),
     "no such callable": (lambda place: load_model("python:mine:build"), "python:module:callable"),
     "a callable without a network": (lambda place: load_model("python:mine:nothing"), "torch.nn.Module"),
+    "an input size of one number": (lambda place: load_model("python:mine:oneside"), "(height, width)"),
     "a network without classes": (lambda place: load_model("python:mine:unnamed"), "'classes'"),
     "a device that is not there": (lambda place: load_model("resnet-obj", device="cuda:99"), "'cuda:99'"),
     "a device that does not exist": (lambda place: load_model("resnet-obj", device="gpu"), "'gpu'"),

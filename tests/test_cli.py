@@ -89,6 +89,20 @@ def test_a_fresh_run_reuses_the_store_but_for_a_corrupt_shard_and_says_so(ran, h
     assert {path for path in after if after[path] != there.get(path)} == {shard}
 
 
+def test_a_callable_in_the_folder_the_run_starts_in(tmp_path, ran):
+    (tmp_path / "mine.py").write_text(
+        "from harmonize_lib.models import load_model\n"
+        "def build():\n    model = load_model('resnet-obj', device='cpu')\n"
+        "    model.network.classes, model.network.input_size = model.classes, (64, 64)\n    return model.network\n"
+    )
+    models = "[python:mine:build, vgg-obj]"
+    small = ("-p", "models", models, "-p", "methods", "[saliency]", "-p", "n_images", "4", "--jobs", "1")
+    result = harmonize("run", "03", *small, "--out", "out", cwd=tmp_path, cache=ran[0] / "cache")
+    assert result.returncode == 0, result.stderr
+    told = json.loads((tmp_path / "out" / "03_feature_images" / "selectivity.json").read_text())
+    assert set(told["weights"]) == {"python:mine:build", "vgg-obj"}
+
+
 def test_a_notebook_that_takes_too_long_is_named_and_the_exit_code_says_so(tmp_path, here):
     code, told, error = here("run", "03", *SMALL, "--out", str(tmp_path), "--timeout", "1", "--jobs", "1")
     assert code == 1 and "0 of 1 notebooks finished" in told
