@@ -174,6 +174,7 @@ def _literal(path: Path) -> str:
 
 def main() -> None:
     """Take a job as one line of JSON on stdin, and stop when stdin says why or is closed because the parent died."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell script, kernels too
     result_stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the kernel prints is no result
     with open(0, "rb", buffering=0, closefd=False) as stdin:

@@ -313,3 +313,12 @@ def test_maps_of_second_seeds_are_shared_out_where_a_notebook_needs_them(tmp_pat
     for unit in units:
         runner.compute_maps(unit)
     assert runner.missing_maps([check("04_cross_architecture_transfer", few)]) == []
+
+
+def test_a_time_limit_holds_where_ctrl_c_is_ignored_as_in_the_background_of_a_script(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        outcome = run_notebook(job(tmp_path, "slow", SLEEP, timeout=30))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.state == "failed" and outcome.cell == 4 and "longer than 30 s" in outcome.error
