@@ -34,14 +34,6 @@ VARIANTS = {"original": False, "signed": True}
 ALL = 10  # scene classes: the commonality that all others are compared with
 DROPS = {"drop": "accuracy drop", "logit_drop": "logit drop"}
 PATCH_VERSION = 1
-OPTIONS: dict[str, dict[str, Any]] = {  # where the methods' own defaults cost too much for thirty sets of maps
-    "smoothgrad": {"samples": 8},
-    "smoothgrad_squared": {"samples": 8},
-    "integrated_gradients": {"steps": 24, "tolerance": None},
-    "integrated_gradients_smoothgrad": {"steps": 8, "samples": 3},
-    "expected_gradients": {"samples": 16},
-    "occlusion": {"stride": 8},
-}
 ORIGINAL_METHODS = (  # those of BAM's own list that are defined here
     "saliency",
     "smoothgrad_squared",
@@ -116,26 +108,16 @@ def prepare(run: Run) -> Bench:
         Lists of models that do not match; images whose scene without object is not known.
     """
     settings, dataset = run.settings, run.dataset
-    for known in ("without_object", "scene_labels"):
-        if known not in dataset.extras:
-            raise HarmonizeError(f"{dataset.name} has no {known}: take shapes-on-scenes or bam:DIR")
+    data = shown(dataset)
     if settings.rule not in settings.rules:
         raise unknown("rule", settings.rule, settings.rules)
     models = {
         OBJECT: dict(run.models),
-        SCENE: _partners(run, settings.scene_models, "scene"),
-        SCENE_ONLY: _partners(run, settings.scene_only_models, "scene_only"),
+        SCENE: _partners(run, SCENE),
+        SCENE_ONLY: _partners(run, SCENE_ONLY),
     }
-    scene = replace(dataset, labels=dataset.extras["scene_labels"])
-    bare = replace(scene, images=dataset.extras["without_object"])
-    patch = _patches(run, list(models[SCENE_ONLY].values()), bare)
-    data = {
-        OBJECT: dataset,
-        SCENE: scene,
-        BARE: bare,
-        SCENE_ONLY: bare,
-        PATCHED: replace(scene, images=patch.images),
-    }
+    patch = _patches(run, list(models[SCENE_ONLY].values()), data[BARE])
+    data[PATCHED] = replace(data[SCENE], images=patch.images)
     right = {
         condition: {
             name: study.predictions(model, data[condition].images) == data[condition].labels
@@ -161,12 +143,70 @@ def _task(condition: str) -> str:
     return {BARE: SCENE, PATCHED: SCENE_ONLY}.get(condition, condition)
 
 
-def _partners(run: Run, specs: Sequence[str], labels: str) -> dict[str, Model]:
-    """The models that belong to the run's models, trained with other labels."""
-    specs = specs or [f"{name.removesuffix('-obj')}-{labels}" for name in run.models]
-    if len(specs) != len(run.models):
-        raise HarmonizeError(f"{labels}_models: {len(specs)} given for {len(run.models)} models: give one for each")
+def shown(dataset: Dataset) -> dict[str, Dataset]:
+    """What models are shown: the images, with labels of objects or scenes, and the scenes without their objects.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Images with labels of objects.
+
+    Returns
+    -------
+    dict[str, Dataset]
+        All of ``CONDITIONS`` but the patched one.
+
+    Raises
+    ------
+    HarmonizeError
+        The scenes, or the images without objects, are not known.
+    """
+    for known in ("without_object", "scene_labels"):
+        if known not in dataset.extras:
+            raise HarmonizeError(f"{dataset.name} has no {known}: take shapes-on-scenes or bam:DIR")
+    scene = replace(dataset, labels=dataset.extras["scene_labels"])
+    bare = replace(scene, images=dataset.extras["without_object"])
+    return {OBJECT: dataset, SCENE: scene, BARE: bare, SCENE_ONLY: bare}
+
+
+def _partner_specs(settings: Any, task: str) -> list[str]:
+    """The models that belong to the models for objects, trained with other labels, as ``load_model`` takes them."""
+    labels = task.replace(" ", "_")
+    names = [spec.partition("?")[0].removesuffix("-obj") for spec in settings.models]
+    specs = getattr(settings, f"{labels}_models") or [f"{name}-{labels}" for name in names]
+    if len(specs) != len(names):
+        raise HarmonizeError(f"{labels}_models: {len(specs)} given for {len(names)} models: give one for each")
+    return specs
+
+
+def _partners(run: Run, task: str) -> dict[str, Model]:
+    specs = _partner_specs(run.settings, task)
     return {name: load_model(spec, device=run.settings.device) for name, spec in zip(run.models, specs, strict=True)}
+
+
+def explained(settings: Any, dataset: Dataset) -> list[tuple[str, Dataset]]:
+    """What notebook 07 explains before it knows the patches: models of all labels and commonalities.
+
+    Parameters
+    ----------
+    settings : Any
+        The notebook's checked parameters.
+    dataset : Dataset
+        Its images.
+
+    Returns
+    -------
+    list[tuple[str, Dataset]]
+        As :func:`study.explained` has it.
+    """
+    specs = {task: _partner_specs(settings, task) for task in (SCENE, SCENE_ONLY)} | {OBJECT: settings.models}
+    few = relative_data(settings)
+    pairs = [(spec, data) for condition, data in shown(dataset).items() for spec in specs[_task(condition)]]
+    return pairs + [(template.format(k=k), few) for template, k in _relative(settings)]
+
+
+def _relative(settings: Any) -> list[tuple[str, int]]:
+    return [(template, k) for template in settings.relative_models for k in (*settings.commonalities, ALL)]
 
 
 def _patches(run: Run, models: Sequence[Model], bare: Dataset) -> bam.Patch:
@@ -239,15 +279,15 @@ def all_maps(run: Run, bench: Bench) -> dict[tuple[str, str, str], Tensor]:
     ]
     return {
         (c, name, method): _explain(
-            bench.models[_task(c)][name], bench.data[c], method, run.settings.seed, CONDITIONS.index(c)
+            bench.models[_task(c)][name], bench.data[c], method, run.settings, CONDITIONS.index(c)
         )
         for c, name, method in tqdm(jobs, desc="attributions", mininterval=1)
     }
 
 
-def _explain(model: Model, dataset: Dataset, method: str, seed: int, stream: int) -> Tensor:
-    seed += 1000 * stream if method == "random" else 0
-    return study.attributions(model, dataset, method, seed, **OPTIONS.get(method, {}))["maps"]
+def _explain(model: Model, dataset: Dataset, method: str, settings: Any, stream: int) -> Tensor:
+    seed = settings.seed + (1000 * stream if method == "random" else 0)
+    return study.attributions(model, dataset, method, seed, **settings.options.get(method, {}))["maps"]
 
 
 def _compare(metric: str, a: Tensor, b: Tensor, threshold: float) -> Tensor:
@@ -374,13 +414,13 @@ def ranked(run: Run, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Inter
 # Relative model contrast.
 
 
-def relative_data(run: Run) -> Dataset:
+def relative_data(settings: Any) -> Dataset:
     """Images of one object in one scene, labels of scenes.
 
     Parameters
     ----------
-    run : Run
-        Gives ``relative_pair`` and ``n_relative``.
+    settings : Any
+        Gives ``dataset``, ``relative_pair`` and ``n_relative``.
 
     Returns
     -------
@@ -392,7 +432,6 @@ def relative_data(run: Run) -> Dataset:
     HarmonizeError
         No such object or scene.
     """
-    settings = run.settings
     thing, place = settings.relative_pair
     if settings.dataset == "shapes-on-scenes":
         blocks = -(-settings.n_relative // 10)
@@ -444,10 +483,9 @@ def relative_maps(run: Run) -> Relative:
         Maps, and which images count; no maps where no models are named.
     """
     settings = run.settings
-    result = Relative(relative_data(run), {}, {}, {}, {})
+    result = Relative(relative_data(settings), {}, {}, {}, {})
     images, bare = result.data.images, result.data.extras["without_object"]
-    jobs = [(template, k) for template in settings.relative_models for k in (*settings.commonalities, ALL)]
-    for template, k in tqdm(jobs, desc="commonalities", mininterval=1):
+    for template, k in tqdm(_relative(settings), desc="commonalities", mininterval=1):
         model = load_model(template.format(k=k), device=settings.device)
         logits = [_logits(model, shown) for shown in (images, bare)]
         with_object, without = (values.argmax(1) == result.data.labels for values in logits)
@@ -456,7 +494,7 @@ def relative_maps(run: Run) -> Relative:
         result.logit_drop[template, k] = pick(logits[0] - logits[1], result.data.labels)
         for method in (*settings.methods, *CONTROLS):
             if refusal(model, method) is None:
-                result.maps[template, k, method] = _explain(model, result.data, method, settings.seed, k)
+                result.maps[template, k, method] = _explain(model, result.data, method, settings, k)
     return result
 
 

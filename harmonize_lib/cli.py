@@ -29,6 +29,7 @@ from harmonize_lib.parameters import NOTEBOOKS, check
 from harmonize_lib.plots import PACKAGES
 from harmonize_lib.runner import (
     Job,
+    Maps,
     Outcome,
     in_one_line,
     is_unchanged,
@@ -409,10 +410,10 @@ def _time_estimate() -> str:
         return "time: all notebooks are finished and unchanged; harmonize run has nothing to do"
     units = missing_maps(check(name, {}) for name in todo)
     torch.set_num_threads(1)
-    seconds = 0.0
-    for model, method in tqdm(sorted({(unit.model, unit.method) for unit in units}), desc="time estimate"):
-        count = sum(unit[2:4] == (model, method) for unit in units)
-        seconds += seconds_of_shard(next(unit for unit in units if unit[2:4] == (model, method))) * count
+    alike: dict[tuple[str, ...], list[Maps]] = {}
+    for unit in units:
+        alike.setdefault((unit.notebook, unit.model, unit.method), []).append(unit)
+    seconds = sum(seconds_of_shard(some[0]) * len(some) for some in tqdm(alike.values(), desc="time estimate"))
     recorded = sum(_recorded_seconds(name) for name in todo)
     jobs = _workers(None)
     return (

@@ -43,7 +43,6 @@ LOCALIZATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relevance rank": relevance_rank,
     "pointing game": pointing_game,
 }
-OPTIONS: dict[str, dict[str, int]] = {"expected_gradients": {"samples": 8}}  # where maps are measured
 
 
 class Plan(NamedTuple):
@@ -347,7 +346,7 @@ def measure(run: Run, studies: Sequence[Tuned]) -> pd.DataFrame:
     parts = []
     for study in studies:
         for method in settings.methods:
-            options = OPTIONS.get(method, {})
+            options = settings.options.get(method, {})
             judged = attributions(study.plan.judge, data, method, settings.seed, **options)["maps"]
             judged = avg_pool2d(judged, PATCH)
             every = {("before", 0): study.plan.target, **study.models}
@@ -531,7 +530,7 @@ def gallery(run: Run, studies: Sequence[Tuned], method: str, n: int) -> tuple[Fi
         The figure, and the relevance rank of every map shown.
     """
     few = run.dataset.select(torch.arange(n))
-    options, first = OPTIONS.get(method, {}), run.settings.tuning_seeds[0]
+    options, first = run.settings.options.get(method, {}), run.settings.tuning_seeds[0]
     rows: list[list[tuple[Tensor, str]]] = []
     names, table = [], []
     for study in studies:

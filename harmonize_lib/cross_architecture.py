@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from harmonize_lib import plots, study
 from harmonize_lib.agreement import spearman, ssim, topk_iou
+from harmonize_lib.data import Dataset
 from harmonize_lib.features import feature_image, feature_mask, mean_color, patch_scores
 from harmonize_lib.models import load_model, shuffled
 from harmonize_lib.statistics import Interval, paired_difference, ratio_interval, summarize
@@ -53,6 +55,25 @@ def same_architecture(run: Run) -> dict[str, Maps]:
         for kind, models in (("second seed", seeds), ("shuffled weights", floors))
         if models
     }
+
+
+def explained(settings: Any, dataset: Dataset) -> list[tuple[str, Dataset]]:
+    """What notebook 04 explains: every model, and its second seed where the zoo has one.
+
+    Parameters
+    ----------
+    settings : Any
+        The notebook's checked parameters.
+    dataset : Dataset
+        Its images.
+
+    Returns
+    -------
+    list[tuple[str, Dataset]]
+        As :func:`study.explained` has it.
+    """
+    seeds = filter(None, map(study.second_seed, settings.models))
+    return study.explained(settings, dataset) + [(spec, dataset) for spec in seeds]
 
 
 def same_architecture_table(run: Run, relatives: Mapping[str, Maps]) -> pd.DataFrame:

@@ -46,6 +46,14 @@ CHEAP: dict[str, dict[str, Any]] = {
     "occlusion": {"patch": 8, "stride": 8},
     "rise": {"masks": 64},
 }
+BAM_OPTIONS: dict[str, dict[str, Any]] = {
+    "smoothgrad": {"samples": 8},
+    "smoothgrad_squared": {"samples": 8},
+    "integrated_gradients": {"steps": 24, "max_steps": 24},
+    "integrated_gradients_smoothgrad": {"steps": 8, "samples": 3},
+    "expected_gradients": {"samples": 16},
+    "occlusion": {"stride": 8},
+}
 
 
 def _folder(folder: str) -> str:
@@ -221,6 +229,10 @@ class Bam(Study):
         [], description="trained for scenes without objects, in that order; empty: NAME-scene_only for NAME-obj"
     )
     methods: list[str] = Field(BAM_METHODS, min_length=1, description="attribution methods")
+    options: dict[str, dict[str, Any]] = Field(
+        BAM_OPTIONS,
+        description="options of methods: cheaper than their defaults, because so many models are explained",
+    )
     threshold: float = Field(0.1, gt=0, le=1, description="share by which attribution may change under IIR's patch")
     bound: float = Field(0.1, gt=0, le=1, description="share by which the patch may change the logits")
     patch_steps: int = Field(60, ge=0, le=10_000, description="steps in which the patch is optimized")
@@ -269,6 +281,9 @@ class AttributionPriors(Study):
     n_images: int = Field(100, ge=2, le=10_000, description="test images whose maps judge the consensus prior")
     methods: list[str] = Field(
         ["input_x_gradient", "saliency"], min_length=1, description="methods whose maps judge the consensus prior"
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        {"expected_gradients": {"samples": 8}}, description="options of methods, for the maps that are judged"
     )
     pixels: str = Field("digits", description="images of the pixel prior: digits, mnist:DIR, fashion-mnist:DIR, ...")
     pixel_images: int = Field(0, ge=0, description="training images of the pixel prior, 0 for all")

@@ -24,12 +24,12 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from harmonize_lib import execution, paths, study
+from harmonize_lib import bam_study, cross_architecture, execution, paths, study
 from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import Model, load_model
-from harmonize_lib.parameters import NOTEBOOKS, Transfer, check
+from harmonize_lib.parameters import NOTEBOOKS, check
 from harmonize_lib.plots import PACKAGES
 from harmonize_lib.storage import sha256_file, sha256_json, write_atomic
 
@@ -38,6 +38,7 @@ STOP_SECONDS = 15  # how long a notebook that is stopped may take to save itself
 CONNECT_SECONDS = 10
 WORKER_SECONDS = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+EXPLAINED = {"04_cross_architecture_transfer": cross_architecture.explained, "07_bam": bam_study.explained}
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -105,15 +106,13 @@ class Outcome(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """One shard of the maps of one model by one method, whose options are JSON: the smallest unit of work."""
+    """One shard of the maps of one model by one method, for a notebook whose parameters are JSON: the smallest unit."""
 
-    dataset: str
-    n_images: int
+    notebook: str
+    parameters: str
+    explained: int
     model: str
     method: str
-    seed: int
-    device: str
-    options: str
     shard: int
 
 
@@ -595,6 +594,14 @@ def preflight(settings: Any) -> None:
         raise HarmonizeError(f"patch={patch} does not divide images of {side} pixels: use one of {fits}"[:200])
 
 
+@lru_cache(maxsize=2)
+def _explained(notebook: str, values: str) -> list[tuple[str, Dataset]]:
+    """Models and what they are shown, of a notebook with these parameters, as JSON."""
+    settings = check(notebook, json.loads(values))
+    explained = EXPLAINED.get(notebook, study.explained)
+    return list(explained(settings, _dataset(settings.dataset, settings.n_images)))
+
+
 def missing_maps(all_settings: Iterable[Any]) -> list[Maps]:
     """Maps that notebooks will need and that are not in the store.
 
@@ -608,33 +615,31 @@ def missing_maps(all_settings: Iterable[Any]) -> list[Maps]:
     list[Maps]
         Each once.
     """
-    wanted: dict[Maps, None] = {}
+    names = {kind: name for name, kind in NOTEBOOKS.items()}
+    wanted: dict[Path, Maps] = {}
     for settings in all_settings:
         if not getattr(settings, "extracts", False):
             continue
-        dataset = _dataset(settings.dataset, settings.n_images)
-        seconds = map(study.second_seed, settings.models if isinstance(settings, Transfer) else [])
-        for spec in (*settings.models, *filter(None, seconds)):
+        notebook, values = names[type(settings)], settings.model_dump_json()
+        for i, (spec, dataset) in enumerate(_explained(notebook, values)):
             model = _model(spec, settings.device)
             for method in settings.methods:
                 if refusal(model, method) is None:
                     options = settings.options.get(method, {})
-                    of = Maps(
-                        settings.dataset,
-                        settings.n_images,
-                        spec,
-                        method,
-                        settings.seed,
-                        settings.device,
-                        json.dumps(options, sort_keys=True),
-                        0,
-                    )
-                    shards = study.missing_shards(model, dataset, method, settings.seed, **options)
-                    wanted |= dict.fromkeys(of._replace(shard=shard) for shard in shards)
-    return list(wanted)
+                    for shard, place in study.missing_shards(model, dataset, method, settings.seed, **options).items():
+                        wanted.setdefault(place, Maps(notebook, values, i, spec, method, shard))
+    return list(wanted.values())
 
 
 _one_at_a_time = threading.Lock()  # models are shared by the threads of a worker, and methods put hooks on them
+
+
+def _asked(unit: Maps) -> tuple[Any, Model, Dataset, dict[str, Any]]:
+    """Settings, model, the shard's images, and options of a unit."""
+    settings = check(unit.notebook, json.loads(unit.parameters))
+    spec, dataset = _explained(unit.notebook, unit.parameters)[unit.explained]
+    part = dataset.select(torch.arange(len(dataset)).split(study.CHUNK)[unit.shard])
+    return settings, _model(spec, settings.device), part, settings.options.get(unit.method, {})
 
 
 def compute_maps(unit: Maps) -> None:
@@ -647,10 +652,8 @@ def compute_maps(unit: Maps) -> None:
     """
     with _one_at_a_time:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as in run_notebook
-        dataset = _dataset(unit.dataset, unit.n_images)
-        part = torch.arange(len(dataset)).split(study.CHUNK)[unit.shard]
-        model, options = _model(unit.model, unit.device), json.loads(unit.options)
-        study.attributions(model, dataset.select(part), unit.method, unit.seed, **options)
+        settings, model, part, options = _asked(unit)
+        study.attributions(model, part, unit.method, settings.seed, **options)
 
 
 def seconds_of_shard(unit: Maps, probe: int = 1) -> float:
@@ -668,7 +671,6 @@ def seconds_of_shard(unit: Maps, probe: int = 1) -> float:
     float
         Seconds.
     """
-    dataset, model = _dataset(unit.dataset, unit.n_images), _model(unit.model, unit.device)
-    count = len(torch.arange(len(dataset)).split(study.CHUNK)[unit.shard])
-    result = explain(model, dataset.images[:probe], dataset.labels[:probe], unit.method, **json.loads(unit.options))
-    return result.record["seconds"] / len(result.maps) * count
+    _, model, part, options = _asked(unit)
+    result = explain(model, part.images[:probe], part.labels[:probe], unit.method, **options)
+    return result.record["seconds"] / len(result.maps) * len(part)

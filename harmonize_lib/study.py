@@ -120,6 +120,24 @@ def second_seed(name: str) -> str | None:
     return other if other in list_models() else None
 
 
+def explained(settings: Any, dataset: Dataset) -> list[tuple[str, Dataset]]:
+    """What a notebook explains by its methods: every model, for the images as they are.
+
+    Parameters
+    ----------
+    settings : Any
+        Checked parameters of a notebook that extracts maps.
+    dataset : Dataset
+        Its images.
+
+    Returns
+    -------
+    list[tuple[str, Dataset]]
+        Models as ``load_model`` takes them, each with the images it is shown and the labels explained.
+    """
+    return [(spec, dataset) for spec in settings.models]
+
+
 def attributions(model: Model, dataset: Dataset, method: str, seed: int = 0, **options: Any) -> dict[str, Tensor]:
     """Maps of one model by one method, computed once and kept in the store.
 
@@ -166,7 +184,7 @@ def _shards(
         yield key, images, targets
 
 
-def missing_shards(model: Model, dataset: Dataset, method: str, seed: int = 0, **options: Any) -> list[int]:
+def missing_shards(model: Model, dataset: Dataset, method: str, seed: int = 0, **options: Any) -> dict[int, Path]:
     """Shards of the maps of one model by one method that are not in the store.
 
     Parameters
@@ -184,11 +202,12 @@ def missing_shards(model: Model, dataset: Dataset, method: str, seed: int = 0, *
 
     Returns
     -------
-    list[int]
-        Numbers of the shards.
+    dict[int, Path]
+        Numbers of the shards, and where the store will keep them.
     """
     shards = enumerate(_shards(model, dataset, method, seed, options))
-    return [i for i, (key, _, _) in shards if not stored_at("attribution", key).exists()]
+    places = {i: stored_at("attribution", key) for i, (key, _, _) in shards}
+    return {i: place for i, place in places.items() if not place.exists()}
 
 
 def _explain(

@@ -93,7 +93,7 @@ def main() -> None:
     while len(rows) < given.kills:
         process = start(killed, given.out / "cache_killed", *setting)
         top = psutil.Process(process.pid)
-        wait = rng.uniform(0.05, 0.6) * whole
+        wait = rng.uniform(0.05, 0.95) * whole
         try:
             process.wait(wait)
             shutil.rmtree(killed, ignore_errors=True)  # it was quicker than the blow: begin again from nothing

@@ -264,12 +264,12 @@ def test_harmonized_relative_contrast(run, relative):
 def test_relative_images_show_one_object_in_one_scene(run):
     settings = check("07_bam", {"relative_pair": ["bars", "hills"]} | {"n_relative": 13})
     with pytest.raises(HarmonizeError, match="unknown object 'bars'"):
-        bam_study.relative_data(SimpleNamespace(settings=settings))
+        bam_study.relative_data(settings)
     settings = check("07_bam", {"relative_pair": ["rings disc", "hill"], "n_relative": 13})
     with pytest.raises(HarmonizeError, match="unknown scene 'hill': did you mean 'hills'"):
-        bam_study.relative_data(SimpleNamespace(settings=settings))
+        bam_study.relative_data(settings)
     settings = check("07_bam", {"relative_pair": ["rings disc", "hills"], "n_relative": 13})
-    data = bam_study.relative_data(SimpleNamespace(settings=settings))
+    data = bam_study.relative_data(settings)
     assert len(data) == 13 and data.masks.any((1, 2)).all()
     assert {data.classes[i] for i in data.labels.tolist()} == {"hills"}
     assert data.extras["object_labels"].eq(0).all()
@@ -340,6 +340,6 @@ def test_prepare_refuses_what_it_cannot_judge(run):
     settings = check("07_bam", {"rules": ["median"]})
     with pytest.raises(HarmonizeError, match="unknown rule 'mean'"):
         bam_study.prepare(SimpleNamespace(settings=settings, dataset=data, models={}))
-    settings = check("07_bam", {"scene_models": ["resnet-scene"]})
+    settings = check("07_bam", {"models": ["resnet-obj", "vgg-obj"], "scene_models": ["resnet-scene"]})
     with pytest.raises(HarmonizeError, match="scene_models: 1 given for 2 models"):
-        bam_study.prepare(SimpleNamespace(settings=settings, dataset=data, models={"a-obj": None, "b-obj": None}))
+        bam_study.prepare(SimpleNamespace(settings=settings, dataset=data, models={}))

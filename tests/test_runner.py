@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from harmonize_lib import HarmonizeError, paths, runner
+from harmonize_lib import HarmonizeError, bam_study, paths, runner, study
 from harmonize_lib.parameters import check
 from harmonize_lib.runner import Job, Outcome, in_one_line, is_unchanged, run_jobs, run_notebook
 
@@ -313,6 +313,33 @@ def test_maps_of_second_seeds_are_shared_out_where_a_notebook_needs_them(tmp_pat
     for unit in units:
         runner.compute_maps(unit)
     assert runner.missing_maps([check("04_cross_architecture_transfer", few)]) == []
+
+
+def test_bam_finds_all_maps_in_the_store_but_controls_and_those_under_patches(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    given = {"n_images": 4, "models": ["resnet-obj", "vgg-obj"], "methods": ["smoothgrad"], "patch_steps": 1}
+    given |= {"relative_models": ["resnet-scene_k{k}"], "commonalities": [1], "n_relative": 3, "seed": 5}
+    given |= {"harmonized_methods": ["smoothgrad"], "options": {"smoothgrad": {"samples": 2}}}
+    settings = check("07_bam", given)
+    units = runner.missing_maps([settings])
+    shown = 2 + 2 + 2 + 2 + 2  # objects, scenes, scenes with the object gone (both kinds of model), two commonalities
+    assert len(units) == shown and len({unit.model for unit in units}) == 8
+    for unit in units:
+        runner.compute_maps(unit)
+    computed, explain = [], study._explain
+
+    def noted(model, images, targets, method, *rest):
+        computed.append(method)
+        return explain(model, images, targets, method, *rest)
+
+    monkeypatch.setattr(study, "_explain", noted)
+    run = study.start("07_bam", given)
+    bench = bam_study.prepare(run)
+    assert not computed
+    maps = bam_study.all_maps(run, bench)
+    assert computed.count("smoothgrad") == 2 and ("scene only patched", "vgg-obj", "smoothgrad") in maps
+    bam_study.relative_maps(run)
+    assert computed.count("smoothgrad") == 2
 
 
 def test_a_time_limit_holds_where_ctrl_c_is_ignored_as_in_the_background_of_a_script(tmp_path):
