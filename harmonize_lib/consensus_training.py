@@ -30,7 +30,7 @@ from harmonize_lib.statistics import Interval, paired_difference
 from harmonize_lib.storage import remember, sha256_tensors
 from harmonize_lib.study import Run, attributions, predictions
 
-VERSION = 1
+VERSION = 2
 PATCH = 4  # side in pixels of the squares the prior compares
 BATCH_SIZE = 50
 LEARNING_RATE = 5e-4

@@ -14,6 +14,7 @@ from captum.attr import GradientShap
 from tiny import floats, model, settle, shapes5
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmonize_lib import (
@@ -431,6 +432,44 @@ def test_layers_for_double_backward_compute_the_same():
         results.append((output, *torch.autograd.grad(output.square().sum(), [x, *network.parameters()])))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+class Block(nn.Module):
+    """Patches, attention and a perceptron, as transformers have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.norm, self.last = nn.Conv2d(2, 6, 5, stride=5), nn.LayerNorm(6), nn.LayerNorm(6, bias=False)
+        self.mix, self.up, self.down, self.head = nn.Linear(6, 18), nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.cut(x).flatten(2).mT
+        query, key, value = self.mix(self.norm(x)).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        x = x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x = x + self.down(F.gelu(self.up(self.last(x))))
+        masked = F.scaled_dot_product_attention(x, x, x, is_causal=True) + F.gelu(x, approximate="tanh")
+        return self.head(F.layer_norm(masked, (6,)).mean(1))
+
+
+def test_layers_of_transformers_have_the_same_first_and_second_derivatives():
+    network = settle(Block()).double()
+    x = torch.randn(4, 2, 15, 10, generator=seeded(), dtype=torch.float64)
+    results = []
+    for layers in (None, DoubleBackward()):
+        at = x.clone().requires_grad_()
+        with layers or nullcontext(), sdpa_kernel(SDPBackend.MATH):
+            output = network(at)
+            first = torch.autograd.grad(output.square().sum(), network.parameters(), retain_graph=True)
+            if layers:
+                layers.explaining = True
+            (slope,) = torch.autograd.grad(output.pow(3).sum(), at, create_graph=True)
+            if layers:
+                layers.explaining = False
+        second = torch.autograd.grad(slope.pow(3).sum(), [at, *network.parameters()])
+        results.append((output, *first, slope, *second))
+    for one, other in zip(*results, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_mistakes_get_one_line():
