@@ -304,10 +304,11 @@ def contrast_correlation(
     Parameters
     ----------
     contrast : ArrayLike
-        (K, N) RMCS values of K models (one per degree of commonality); NaN is left out.
+        (K, N) RMCS values of K models (one per degree of commonality); NaN is left out. Or (A, K, N) of A
+        architectures: the mean of their correlations, of those that have one.
     drop : ArrayLike
-        (K, N) what the same models lose on the same images when the object goes: correct with it minus correct
-        without it, -1, 0 or 1.
+        (K, N) or (A, K, N) what the same models lose on the same images when the object goes: correct with it minus
+        correct without it, -1, 0 or 1.
     seed : int
         Seed of the bootstrap over images, which recomputes both means.
     level : float
@@ -318,28 +319,31 @@ def contrast_correlation(
     Returns
     -------
     Interval
-        Correlation and percentile interval, ``n`` images; NaN for fewer than three models, or where all models lose
-        (or contrast) the same.
+        Correlation and percentile interval, ``n`` images; NaN for fewer than three models, or where all models of
+        every architecture lose (or contrast) the same.
 
     References
     ----------
     Yang, Kim 2019 (arXiv 1907.09701), section 4.1.
     """
     contrast, drop = np.asarray(contrast, np.float64), np.asarray(drop, np.float64)
-    if contrast.ndim != 2 or contrast.shape != drop.shape:
+    if contrast.ndim not in (2, 3) or contrast.shape != drop.shape:
         raise HarmonizeError(f"contrast {contrast.shape} and drop {drop.shape} must both be (models, images)")
-    models, n = contrast.shape
+    models, n = contrast.shape[-2:]
+    pairs = list(zip(contrast.reshape(-1, models, n), drop.reshape(-1, models, n), strict=True))
     if models < 3 or n < 2:
         return Interval(np.nan, np.nan, np.nan, n)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    resampled = _pearson(_means(weights, contrast), _means(weights, drop))
     once = np.ones((1, n))
-    mean = float(_pearson(_means(once, contrast), _means(once, drop))[0])
-    defined = resampled[~np.isnan(resampled)]
-    if np.isnan(mean) or not len(defined):
+    means = [float(_pearson(_means(once, a), _means(once, b))[0]) for a, b in pairs]
+    pairs = [pair for pair, mean in zip(pairs, means, strict=True) if not np.isnan(mean)]
+    resampled = [_pearson(_means(weights, a), _means(weights, b)) for a, b in pairs]
+    together = np.mean(resampled, axis=0) if resampled else np.array([])
+    defined = together[~np.isnan(together)]
+    if not len(defined):
         return Interval(np.nan, np.nan, np.nan, n)
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high), n)
+    return Interval(float(np.nanmean(means)), float(low), float(high), n)
 
 
 def _means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from harmonize_lib.consensus import RULES, consensus
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.models import Model, load_model
-from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference, ratio_interval, summarize
+from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference, summarize
 from harmonize_lib.storage import remember, sha256_tensors
 from harmonize_lib.study import Run
 from harmonize_lib.tasks import pick
@@ -214,7 +214,7 @@ def _patches(run: Run, models: Sequence[Model], bare: Dataset) -> bam.Patch:
     settings, dataset = run.settings, run.dataset
     key = {
         "version": PATCH_VERSION,
-        "weights": [model.weights_hash for model in models],
+        "model": [model.identity for model in models],
         "images": sha256_tensors({"bare": bare.images, "with": dataset.images, "masks": _masks(dataset)}),
         "steps": settings.patch_steps,
         "bound": settings.bound,
@@ -420,7 +420,7 @@ def relative_data(settings: Any) -> Dataset:
     Parameters
     ----------
     settings : Any
-        Gives ``dataset``, ``relative_pair`` and ``n_relative``.
+        Gives ``dataset``, ``seed``, ``relative_pair`` and ``n_relative``.
 
     Returns
     -------
@@ -435,7 +435,9 @@ def relative_data(settings: Any) -> Dataset:
     thing, place = settings.relative_pair
     if settings.dataset == "shapes-on-scenes":
         blocks = -(-settings.n_relative // 10)
-        data = load_dataset("shapes-on-scenes", "test", 100 * blocks, labels="scene", commonality=ALL, object=thing)
+        data = load_dataset(
+            "shapes-on-scenes", "test", 100 * blocks, settings.seed, labels="scene", commonality=ALL, object=thing
+        )
         if place not in data.classes:
             raise unknown("scene", place, data.classes)
         chosen = (data.labels == data.classes.index(place)).nonzero().flatten()
@@ -584,19 +586,26 @@ def relative_correlation(run: Run, relative: pd.DataFrame) -> pd.DataFrame:
     -------
     pd.DataFrame
         Columns ``against`` (``"drop"`` of accuracy, as BAM has it, ``"logit_drop"``, which does not saturate),
-        ``variant``, ``model`` (``"mean"``: over models), ``method``, ``mean``, ``low``, ``high``, ``n``.
+        ``variant``, ``model`` (``"mean"``: of the models' correlations), ``method``, ``mean``, ``low``, ``high``,
+        ``n``.
     """
     rows = []
     groups = relative[~relative["method"].isin(CONTROLS)].groupby(["variant", "method"], sort=False)
     for (variant, method), part in groups:
-        for model in [*dict.fromkeys(part["model"]), "mean"]:
-            some = part if model == "mean" else part[part["model"] == model]
-            wide = {
-                name: some.pivot_table(index="k", columns="image", values=name, aggfunc="mean", dropna=False).to_numpy()
-                for name in ("value", *DROPS)
-            }
-            for against in DROPS:
-                found = bam.contrast_correlation(wide["value"], wide[against], run.settings.seed)
+        models = list(dict.fromkeys(part["model"]))
+        wide = {
+            name: np.stack(
+                [
+                    part[part["model"] == model].pivot(index="k", columns="image", values=name).to_numpy(float)
+                    for model in models
+                ]
+            )
+            for name in ("value", *DROPS)
+        }
+        for against in DROPS:
+            for i, model in enumerate([*models, "mean"]):
+                chosen = slice(None) if model == "mean" else slice(i, i + 1)
+                found = bam.contrast_correlation(wide["value"][chosen], wide[against][chosen], run.settings.seed)
                 rows.append((against, variant, model, method, *found[:4]))
     return pd.DataFrame(rows, columns=["against", "variant", "model", "method", "mean", "low", "high", "n"])
 
@@ -799,13 +808,13 @@ def measured(
         contrast = wide["MCS"]
         others = [method for method in run.settings.methods if method in contrast and method not in first]
         smooth = contrast["integrated_gradients_smoothgrad"], contrast["integrated_gradients"]
-        false = {metric: 1 - wide[metric] for metric in ("IDR", "IIR")}
         best = best_other(contrast, [*others, "saliency"])
         found["bam_grad_cam_contrast"] = paired_difference(contrast["grad_cam"], best, seed)
         found["bam_smoothgrad_gradient"] = paired_difference(contrast["smoothgrad_squared"], contrast["saliency"], seed)
         found["bam_smoothgrad_ig"] = paired_difference(*smooth, seed)
-        found["bam_dependence"] = paired_difference(false["IDR"][first].mean(1), false["IDR"][others].mean(1), seed)
-        found["bam_independence"] = bootstrap_interval(1 - best_other(wide["IIR"], others), seed)
+        least = {metric: 1 - best_other(wide[metric], others) for metric in ("IDR", "IIR")}
+        found["bam_dependence"] = paired_difference(1 - wide["IDR"][first].mean(1), least["IDR"], seed)
+        found["bam_independence"] = bootstrap_interval(least["IIR"], seed)
     found["bam_rankings"] = agreement.get("ReLU CNNs, original", nothing)
     row = correlation[
         (correlation["variant"] == "original")
@@ -820,8 +829,40 @@ def measured(
     }
     for claim, metric in (("harmonized_dependence", "IDR"), ("harmonized_independence", "IIR")):
         found[claim] = paired_difference(sides[metric]["members"], sides[metric]["consensus"], seed)
-    found["harmonized_inherits"] = ratio_interval(sides["MCS"]["consensus"], sides["MCS"]["members"], seed)
+    found["harmonized_inherits"] = neglect_left(judged[judged["metric"] == "MCS"], seed)
     return found
+
+
+def neglect_left(table: pd.DataFrame, seed: int, n_resamples: int = 2000) -> Interval:
+    """How much of its members' neglect of the object a consensus of models for scenes has left.
+
+    Neglect is 1 - (attribution of the object by models for scenes) / (by models for objects), which does not change
+    when a rule lifts both, as smoothing does.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From :func:`harmonized_scores`, of one metric, rule and variant.
+    seed : int
+        Seed of the bootstrap over images, which recomputes all means.
+    n_resamples : int
+        Bootstrap resamples.
+
+    Returns
+    -------
+    Interval
+        Neglect of the consensus over that of its members, means over images, methods and pools.
+    """
+    columns = ["scene", "object", "member_scene", "member_object"]
+    values = table.groupby("image", sort=False)[columns].mean().dropna().to_numpy()
+    n = len(values)
+    if not n:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    scene, thing, member_scene, member_object = (np.vstack([np.ones(n), weights]) @ values).T
+    share = (1 - scene / thing) / (1 - member_scene / member_object)
+    low, high = np.quantile(share[1:], [0.025, 0.975])
+    return Interval(float(share[0]), float(low), float(high), n)
 
 
 def facts(run: Run, bench: Bench, table: pd.DataFrame, relative: pd.DataFrame) -> dict[str, bool]:
@@ -1065,17 +1106,19 @@ def draw_relative(run: Run, relative: pd.DataFrame) -> tuple[Figure, pd.DataFram
     )
     for column, name in zip(axes.T, names, strict=True):
         chosen = lines[(lines["model"] == name) & lines["method"].isin([*shown, "random"])]
-        plots.curves(column[0], chosen, "k", "method", plots.label(name.partition("-")[0]), ["random"])
+        plots.curves(column[0], chosen, "k", "method", plots.label(name.partition("-")[0]), ["random"], shown)
         for ax, line in zip(column[1:], DROPS.values(), strict=True):
             cells = drops[(drops["model"] == name) & (drops["line"] == line)]
             plots.curves(ax, cells, "k", "method", "", [line])
+            ax.lines[0].set(color="0.1", linestyle="-")
             ax.axhline(0, color="0.5", lw=0.6)
         for ax in column[:2]:
             ax.set_xlabel("")
         column[2].set(xlabel="scene classes with the object (of 10)", xticks=sorted(set(part["k"])))
     for ax, line in zip(axes[:, 0], ("RMCS", *DROPS.values()), strict=True):
         ax.set_ylabel(line)
-    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    entries = {name: line for ax in axes[0] for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[0, -1].legend(entries.values(), entries, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, pd.concat([lines, drops], ignore_index=True)
 
 

@@ -65,14 +65,14 @@ CLAIMS: dict[str, Claim] = {
     "transfer": Claim(
         KADIR,
         "Feature attributions can serve as feature detectors across architectures (abstract; no number given)",
-        "relative transfer ρ between different architectures, mean over pairs and methods",
+        "relative transfer ρ (of the label's probability) between architectures, pooled over pairs and methods",
         "reproduced: lower bound > 0.5; partly: lower bound > 0; else not reproduced",
         _above(0.5, 0.0),
     ),
     "inconsistency": Claim(
         KADIR,
         "Maps of CNNs and vision transformers trained on the same data are inconsistent (author's summary)",
-        "Spearman between architectures minus Spearman between two seeds of one architecture",
+        "Spearman of a CNN's map with a transformer's minus Spearman of two seeds of one architecture",
         SIGN.format(side="below"),
         _negative,
     ),
@@ -402,7 +402,8 @@ CLAIMS: dict[str, Claim] = {
     "bam_dependence": Claim(
         BAM,
         "Grad-CAM and the gradient have the fewest false positives on input dependence (as citing work reports it)",
-        "false positives 1 − IDR on ReLU CNNs: mean of Grad-CAM and saliency minus mean of the other methods",
+        "false positives 1 − IDR on ReLU CNNs: mean of Grad-CAM and saliency minus the best of the other methods, "
+        "chosen on the other half of the images",
         SIGN.format(side="below"),
         _negative,
     ),
@@ -425,7 +426,7 @@ CLAIMS: dict[str, Claim] = {
     "bam_relative": Claim(
         BAM,
         "Relative model contrast follows accuracy drop (correlation 0.92 for Grad-CAM, as a review reports it)",
-        "Pearson correlation of Grad-CAM's RMCS with accuracy drop over commonality, mean over architectures",
+        "Pearson correlation of Grad-CAM's RMCS with accuracy drop over commonality, mean of the architectures",
         "reproduced: lower bound > 0.8; partly: lower bound > 0; else not reproduced",
         _above(0.8, 0.0),
     ),
@@ -447,11 +448,105 @@ CLAIMS: dict[str, Claim] = {
         PROJECT,
         "Harmonizing inherits a shared shortcut: where all members were trained for scenes, the consensus neglects the "
         "object as they do",
-        "share of the members' neglect (their MCS) that is left in the consensus (its MCS)",
+        "neglect by the consensus over that by its members; neglect: 1 − attribution of the object by models for "
+        "scenes over that by models for objects",
         "reproduced: lower bound > 0.5; partly: lower bound > 0; else not reproduced",
         _above(0.5, 0.0),
     ),
 }
+
+JUDGED: dict[str, tuple[str, ...]] = {  # by the notebook that measures them
+    "03_feature_images": ("selectivity",),
+    "04_cross_architecture_transfer": (
+        "transfer",
+        "inconsistency",
+        "family",
+    ),
+    "05_harmonisation": (
+        "harmonized_detects",
+        "harmonized_beats_best",
+        "harmonized_beats_own",
+        "harmonized_localizes",
+        "pool_size",
+    ),
+    "06_feature_detectors": ("detectors",),
+    "07_bam": (
+        "bam_grad_cam_contrast",
+        "bam_smoothgrad_gradient",
+        "bam_smoothgrad_ig",
+        "bam_dependence",
+        "bam_independence",
+        "bam_rankings",
+        "bam_relative",
+        "harmonized_dependence",
+        "harmonized_independence",
+        "harmonized_inherits",
+    ),
+    "08_expected_gradients": (
+        "eg_complete",
+        "eg_one_draw",
+        "eg_gradients_saturate",
+        "eg_benchmark",
+        "eg_blindness",
+    ),
+    "09_attribution_priors": (
+        "prior_flipped_pixels",
+        "prior_gaussian_noise",
+        "prior_graph",
+        "prior_graph_random",
+        "prior_sparsity_auc",
+        "prior_sparsity_gini",
+        "prior_consensus_agrees",
+        "prior_consensus_localizes",
+        "prior_consensus_specific",
+    ),
+    "10_decomposition_and_hierarchies": (
+        "cd_interactions",
+        "cd_over_baselines",
+        "acd_stability",
+    ),
+    "11_explanation_penalties": (
+        "cdep_color",
+        "cdep_color_unknown",
+        "cdep_decoy",
+        "eg_rrr_decoy",
+        "eg_rrr_decoy_unknown",
+        "eg_rrr_cost",
+    ),
+    "12_transformations_and_wavelets": (
+        "trim_recovery",
+        "awd_recovery",
+        "awd_over_db5",
+        "awd_over_teacher",
+        "awd_interpretation",
+        "awd_compression",
+    ),
+    "13_reality_checks": (
+        "sanity_weights",
+        "sanity_labels",
+        "sanity_floor",
+        "harmonized_sanity",
+        "harmonized_sharpens",
+    ),
+}
+
+
+def criteria(notebook: str) -> str:
+    """Say what a notebook asks, and what decides it, before it has an answer.
+
+    Parameters
+    ----------
+    notebook : str
+        A key of ``JUDGED``.
+
+    Returns
+    -------
+    str
+        Markdown, one line per claim.
+    """
+    asked = [CLAIMS[name] for name in JUDGED[notebook]]
+    lines = [f"- {claim.reported}. Measured by: {claim.measured}. Criterion: {claim.criterion}." for claim in asked]
+    return "\n".join(["**What is asked, and what decides it:**", "", *lines])
 
 
 def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame:
@@ -573,7 +668,7 @@ def elsewhere_in_words(ledger: pd.DataFrame, folder: Path) -> str:
     Returns
     -------
     str
-        Markdown: one line per claim, then how many verdicts are the same.
+        Markdown: one line per claim whose data differ, then how many verdicts are the same.
     """
     path = folder / "claims.csv"
     if not path.is_file():
@@ -582,13 +677,18 @@ def elsewhere_in_words(ledger: pd.DataFrame, folder: Path) -> str:
     lines, count, same = [], 0, 0
     for here in ledger[ledger["id"].isin(there.index)].itertuples():
         other = there.loc[here.id]
+        if list(other[["estimate", "low", "high", "n"]]) == [here.estimate, here.low, here.high, str(here.n)]:
+            continue  # this part of the notebook has other data, which were the same
         tested = UNTESTABLE not in (here.verdict, other["verdict"])
         same += tested and here.verdict == other["verdict"]
         count += tested
         numbers = f", {other['estimate']} [{other['low']}, {other['high']}], n = {other['n']}" if tested else ""
         verdict = other["verdict"] if tested else "not testable"
         lines.append(f"- {here.reported}: {verdict} there{numbers}; {here.verdict} here, {here.estimate}.")
-    return "\n".join([*lines, "", f"{same} of {count} verdicts that can be tested there are the same."])
+    told = f"{same} of {count} verdicts that can be tested there are the same."
+    return "\n".join(
+        [*lines, "", f"{told} A verdict asks for the criterion above, not for the size that was reported."]
+    )
 
 
 def readme_text(text: str, ledger: pd.DataFrame) -> str:

@@ -26,7 +26,7 @@ from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.localization import pointing_game, relevance_rank
 from harmonize_lib.models import Model, shuffled
 from harmonize_lib.priors import consensus_prior, expected_gradients_penalty
-from harmonize_lib.statistics import Interval, paired_difference
+from harmonize_lib.statistics import Interval, paired_difference, t_interval
 from harmonize_lib.storage import remember, sha256_tensors
 from harmonize_lib.study import Run, attributions, predictions
 
@@ -216,7 +216,7 @@ def tuned(model: Model, data: Dataset, arm: str, maps: Tensor | None, weight: fl
     """
     key = {
         "version": VERSION,
-        "weights": model.weights_hash,
+        "model": model.identity,
         "images": sha256_tensors({"images": data.images, "labels": data.labels}),
         "maps": None if maps is None else sha256_tensors({"maps": maps}),
         "weight": weight,
@@ -425,8 +425,8 @@ def _correct(model: Model, data: Dataset) -> np.ndarray:
     return (predictions(model, data.images) == data.labels).double().numpy()
 
 
-def pooled_difference(table: pd.DataFrame, name: str, against: str, seed: int) -> Interval:
-    """One measure's change over all fine-tuned models and methods, image by image.
+def pooled_difference(table: pd.DataFrame, name: str, against: str) -> Interval:
+    """One measure's change over all fine-tuned models and methods, network by network.
 
     Parameters
     ----------
@@ -436,28 +436,31 @@ def pooled_difference(table: pd.DataFrame, name: str, against: str, seed: int) -
         The measure.
     against : str
         ``"before"`` or a control.
-    seed : int
-        Seed of the bootstrap over images.
-
     Returns
     -------
     Interval
-        Consensus prior minus the other, each image's mean over models, methods and seeds.
+        Consensus prior minus the other, of networks fine-tuned from the same model with the same seed: means over
+        images and methods, one per network.
+
+    Notes
+    -----
+    What is compared are ways to train, so a trained network is the unit, not an image it explains.
     """
     part = table[table["measure"] == name]
-    means = part.groupby(["arm", "image"])["value"].mean().unstack("arm")
-    return paired_difference(means[OURS].to_numpy(), means[against].to_numpy(), seed)
+    means = part.groupby(["arm", "model", "seed"])["value"].mean()
+    other = means[against]
+    if against == "before":
+        other = other.droplevel("seed").reindex(means[OURS].index.get_level_values("model")).to_numpy()
+    return t_interval(means[OURS] - other)
 
 
-def claims_of(table: pd.DataFrame, seed: int) -> dict[str, Interval]:
+def claims_of(table: pd.DataFrame) -> dict[str, Interval]:
     """What the ledger asks of the consensus prior.
 
     Parameters
     ----------
     table : pd.DataFrame
         From :func:`measure`.
-    seed : int
-        Seed of the bootstrap over images.
 
     Returns
     -------
@@ -465,9 +468,9 @@ def claims_of(table: pd.DataFrame, seed: int) -> dict[str, Interval]:
         Claim id to what was measured.
     """
     return {
-        "prior_consensus_agrees": pooled_difference(table, "Spearman", PLAIN, seed),
-        "prior_consensus_localizes": pooled_difference(table, "relevance rank", PLAIN, seed),
-        "prior_consensus_specific": pooled_difference(table, "relevance rank", CONTROL, seed),
+        "prior_consensus_agrees": pooled_difference(table, "Spearman", PLAIN),
+        "prior_consensus_localizes": pooled_difference(table, "relevance rank", PLAIN),
+        "prior_consensus_specific": pooled_difference(table, "relevance rank", CONTROL),
     }
 
 

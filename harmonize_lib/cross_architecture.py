@@ -27,7 +27,7 @@ from harmonize_lib.transfer import area_over_fractions, family_advantage, relati
 Maps = Mapping[tuple[str, str], Tensor]
 
 COMPLEMENT_FRACTIONS = [0.05, 0.1, 0.2, 0.5]
-BY_RELATION = ["own map", "second seed", "same family", "other family", "random"]
+BY_RELATION = ["own map", "second seed", "same architecture", "same family", "other family", "random"]
 AGAINST_NO_MODEL = ["other family", "object_mask", "edges", "center", "shuffled weights", "random"]
 REFERENCE_LINES = ("object_mask", "edges", "center", "shuffled weights", "random")
 MEASURES = {"Spearman": spearman, "top-10 % IoU": topk_iou, "SSIM": ssim}
@@ -47,7 +47,8 @@ def same_architecture(run: Run) -> dict[str, Maps]:
     dict[str, Maps]
         ``"second seed"`` (models of the zoo only) and ``"shuffled weights"``, each (model, method) to maps (N, H, W).
     """
-    seeds = {name: load_model(other) for name in run.models if (other := study.second_seed(name))}
+    device = run.settings.device
+    seeds = {name: load_model(other, device=device) for name in run.models if (other := study.second_seed(name))}
     floors = {name: shuffled(model, run.settings.seed) for name, model in run.models.items()}
     methods, seed, options = run.settings.methods, run.settings.seed, run.settings.options
     return {
@@ -177,11 +178,14 @@ def relation(run: Run, table: pd.DataFrame) -> pd.Series:
     Returns
     -------
     pd.Series
-        ``"own map"``, ``"same family"``, ``"other family"``, or the source itself where it is no model.
+        ``"own map"``, ``"same architecture"`` (another seed), ``"same family"``, ``"other family"``, or the source
+        itself where it is no model.
     """
     family = {name: model.family for name, model in run.models.items()}
+    architecture = {name: model.architecture for name, model in run.models.items()}
     source, target = table["source"].astype(object), table["target"].astype(object)
     kind = np.where(source.map(family) == target.map(family), "same family", "other family")
+    kind = np.where(source.map(architecture) == target.map(architecture), "same architecture", kind)
     kind = np.where(source == target, "own map", kind)
     return pd.Series(np.where(source.isin(list(family)), kind, source), index=table.index)
 
@@ -201,16 +205,17 @@ def curves_over_k(run: Run, table: pd.DataFrame, relatives: pd.DataFrame | None)
     Returns
     -------
     pd.DataFrame
-        Columns ``panel``, ``line``, ``fraction``, ``mean``, ``low``, ``high``, ``n``; a mean over targets, and over
-        methods in the first two panels. The last panel's maps are those of different architectures.
+        Columns ``panel``, ``line``, ``fraction``, ``mean``, ``low``, ``high``, ``n``; a mean over targets, which all
+        count the same, and over methods in the first two panels. The last panel's maps are those of different
+        architectures.
     """
     seed = run.settings.seed
     every = table if relatives is None else pd.concat([table, relatives])
     lines = every.assign(line=relation(run, every))
-    relations = summarize(lines, ["line", "fraction"], "correct", seed)
+    relations = _over_targets(lines, seed)
     others = lines[lines["line"].isin(["same family", "other family"]) | (lines["line"] == "random")]
     others = others.assign(line=np.where(others["line"] == "random", "random", others["method"].astype(object)))
-    methods = summarize(others, ["line", "fraction"], "correct", seed)
+    methods = _over_targets(others, seed)
     panels = {
         "By whose map": (relations, BY_RELATION),
         "Floors and ceilings": (relations, AGAINST_NO_MODEL),
@@ -220,6 +225,13 @@ def curves_over_k(run: Run, table: pd.DataFrame, relatives: pd.DataFrame | None)
         part[part["line"] == line].assign(panel=panel) for panel, (part, order) in panels.items() for line in order
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+def _over_targets(lines: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Accuracy by line and share, where every target counts the same, however many sources it has."""
+    by = ["line", "fraction", "target", "image"]
+    each = lines.assign(correct=lines["correct"].astype(float)).groupby(by, observed=True)["correct"].mean()
+    return summarize(each.reset_index(), ["line", "fraction"], "correct", seed)
 
 
 def own_minus_other(run: Run, table: pd.DataFrame) -> pd.DataFrame:
@@ -243,7 +255,7 @@ def own_minus_other(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     wide = (
         lines.groupby(["method", "fraction", "target", "image", "own"], observed=True)["correct"].mean().unstack("own")
     )
-    wide = wide.groupby(["method", "fraction", "image"], observed=True, sort=False).mean()
+    wide = wide.dropna().groupby(["method", "fraction", "image"], observed=True, sort=False).mean()
     rows = [
         (*group, *paired_difference(part[True], part[False], run.settings.seed))
         for group, part in wide.groupby(["method", "fraction"], observed=True, sort=False)
@@ -405,7 +417,7 @@ def draw_landscape(places: pd.DataFrame) -> Figure:
     for rank, row in enumerate(places.sort_values("y").itertuples()):
         shift = {"xytext": (6, 4)} if rank % 2 else {"xytext": (-6, -10), "ha": "right"}
         ax.annotate(plots.label(row.model), (row.x, row.y), textcoords="offset points", fontsize=8, **shift)
-    ax.set(title="Models whose features others recognize alike", xlabel="distance = 1 − relative transfer ρ", ylabel="")
+    ax.set(title="Models whose features others recognize alike", xlabel="first axis", ylabel="second axis")
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.2)
     return figure
@@ -456,17 +468,20 @@ def measured_claims(run: Run, table: pd.DataFrame, agreement: pd.DataFrame) -> d
     lines = at_k.assign(line=relation(run, at_k).replace({"same family": "other", "other family": "other"}))
     per_image = lines.groupby(["line", "image"], observed=True)["probability"].mean().unstack("line")
     gained = ratio_interval(per_image["other"] - per_image["random"], per_image["own map"] - per_image["random"], seed)
-    rank = agreement[agreement["measure"] == "Spearman"].groupby(["pair", "image"], observed=True)["agreement"].mean()
-    rank = rank.unstack("pair")
+    family = {name: model.family for name, model in run.models.items()}
+    ends = agreement["models"].str.split(" ", expand=True).reindex(columns=[0, 1])
+    across = ends[1].isna() | (ends[0].map(family) != ends[1].map(family))
+    rank = agreement[(agreement["measure"] == "Spearman") & across]
+    rank = rank.groupby(["pair", "image"], observed=True)["agreement"].mean().unstack("pair")
     undefined = Interval(np.nan, np.nan, np.nan, 0)
     different = undefined
-    if "second seed" in rank:
+    if {"second seed", "other architecture"} <= set(rank):
         different = paired_difference(rank["other architecture"], rank["second seed"], seed)
-    family = family_table(run, table).query("method == @ALL")
+    advantage = family_table(run, table).query("method == @ALL")
     return {
         "transfer": gained,
         "inconsistency": different,
-        "family": Interval(*family[["mean", "low", "high", "n", "p"]].iloc[0]) if len(family) else undefined,
+        "family": Interval(*advantage[["mean", "low", "high", "n", "p"]].iloc[0]) if len(advantage) else undefined,
     }
 
 
@@ -487,7 +502,7 @@ def separation(run: Run, table: pd.DataFrame, gap: pd.DataFrame) -> dict[str, bo
     dict[str, bool]
         Condition in words, with what was found, to whether it is met.
     """
-    small = gap[gap["fraction"] <= 0.05]
+    small = gap[gap["fraction"] <= 0.05] if (gap["fraction"] <= 0.05).any() else gap
     best_k = small.assign(enough=small["mean"] >= 0.05).groupby("fraction")["enough"].sum()
     area = area_over_fractions(table[table["method"] != "control"])
     areas = summarize(
@@ -496,7 +511,7 @@ def separation(run: Run, table: pd.DataFrame, gap: pd.DataFrame) -> dict[str, bo
     areas = areas.set_index("method")["mean"]
     spread = areas.max() - areas.min()
     return {
-        f"own features lead another's by ≥ 0.05 for at least 3 methods at some k ≤ 5 % "
+        f"own features lead another's by ≥ 0.05 for at least 3 methods at some k ≤ {small['fraction'].max():.0%} "
         f"({best_k.max()} methods at k = {best_k.idxmax():g})": bool(best_k.max() >= 3),
         f"best and worst method differ by ≥ 0.05 in area under the transfer curve "
         f"({plots.label(areas.idxmax())} {areas.max():.3f}, {plots.label(areas.idxmin())} {areas.min():.3f})": bool(

@@ -202,7 +202,7 @@ def faithfulness_curves(
         key = {
             "version": CURVES_VERSION,
             "kind": kind,
-            "weights": models[name].weights_hash,
+            "model": models[name].identity,
             "images": images,
             "maps": sha256_tensors({"maps": values}),
             "steps": steps,

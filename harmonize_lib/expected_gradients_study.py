@@ -68,7 +68,7 @@ def references(run: study.Run) -> Tensor:
     Tensor
         (R, C, H, W) uint8.
     """
-    return load_dataset(run.settings.dataset, "train", run.settings.n_references).images
+    return load_dataset(run.settings.dataset, "train", run.settings.n_references, run.settings.seed).images
 
 
 def _draws(model: Model, x: Tensor, y: Tensor, starts: Tensor, draws: int, seed: int) -> Tensor:
@@ -100,7 +100,7 @@ def completeness(run: study.Run) -> pd.DataFrame:
     start = references(run)
     rows = []
     for name, model in tqdm(run.models.items(), desc="completeness"):
-        key = {"weights": model.weights_hash, "version": VERSION, "seed": run.settings.seed}
+        key = {"model": model.identity, "version": VERSION, "seed": run.settings.seed}
         key["images"] = sha256_tensors({"images": images, "labels": labels, "references": start})
         key["draws"] = run.settings.draws
         gaps = remember("completeness", key, partial(_gaps, run, model, start))
@@ -277,7 +277,7 @@ def _against_captum(run: study.Run, repeats: int, samples: int) -> pd.DataFrame:
     (name, model), images = next(iter(run.models.items())), run.dataset.images[:2]
     x, starts = model.preprocess(images), model.preprocess(references(run))
     y = run.dataset.labels[:2].to(x.device)
-    key = {"weights": model.weights_hash, "repeats": repeats, "samples": samples, "version": VERSION}
+    key = {"model": model.identity, "repeats": repeats, "samples": samples, "version": VERSION}
     key |= {"inputs": sha256_tensors({"images": images, "references": starts}), "seed": run.settings.seed}
 
     def compute() -> dict[str, Tensor]:
@@ -629,8 +629,8 @@ def black_pixels(dataset: Dataset) -> tuple[Dataset, Tensor]:
 BLIND: dict[str, tuple[str, dict[str, object]]] = {
     "integrated gradients from black": ("integrated_gradients", {"baseline": "black", "tolerance": None}),
     "integrated gradients from the mean color": ("integrated_gradients", {"baseline": "mean", "tolerance": None}),
-    "expected gradients": ("expected_gradients", {}),
 }
+OURS = "expected gradients"
 
 
 def blindness(run: study.Run) -> pd.DataFrame:
@@ -644,9 +644,9 @@ def blindness(run: study.Run) -> pd.DataFrame:
     Returns
     -------
     pd.DataFrame
-        Columns ``model``, ``image``, ``method`` (of ``BLIND``), ``ratio``: mean |attribution| on black pixels of the
-        object over that on the rest of the image; ``correct``: the model knows the blackened image; ``drop``: fall of
-        the target logit when the black pixels get the data's mean color.
+        Columns ``model``, ``image``, ``method`` (of ``BLIND``, and ``OURS``), ``ratio``: mean |attribution| on black
+        pixels of the object over that on the rest of the image; ``correct``: the model knows the blackened image;
+        ``drop``: fall of the target logit when the black pixels get the data's mean color.
     """
     painted, black = black_pixels(run.dataset)
     filled = feature_image(painted.images, ~black, "mean", mean_color(run.dataset.images))
@@ -676,7 +676,7 @@ def blind_maps(run: study.Run, model: Model, painted: Dataset) -> dict[str, Tens
     Parameters
     ----------
     run : study.Run
-        Gives the seed.
+        Gives the seed and the references.
     model : Model
         The model explained.
     painted : Dataset
@@ -685,21 +685,32 @@ def blind_maps(run: study.Run, model: Model, painted: Dataset) -> dict[str, Tens
     Returns
     -------
     dict[str, Tensor]
-        Name in ``BLIND`` to maps (N, H, W).
+        Name in ``BLIND``, and ``OURS``, to maps (N, H, W).
     """
+    seed, start = run.settings.seed, references(run)
+    key = {"model": model.identity, "version": VERSION, "seed": seed}
+    key["images"] = sha256_tensors({"images": painted.images, "labels": painted.labels, "references": start})
+
+    def compute() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shown = (model, painted.images, painted.labels, "expected_gradients", generator)
+        return {"maps": explain(*shown, references=start).maps}
+
     return {
-        name: study.attributions(model, painted, method, run.settings.seed, **options)["maps"]
+        name: study.attributions(model, painted, method, seed, **options)["maps"]
         for name, (method, options) in BLIND.items()
-    }
+    } | {OURS: remember("blindness", key, compute)["maps"]}
 
 
-def seen(table: pd.DataFrame) -> pd.DataFrame:
+def seen(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Sum up :func:`blindness`: per model and for all, images that the model knows.
 
     Parameters
     ----------
     table : pd.DataFrame
         From :func:`blindness`.
+    seed : int
+        Seed of the bootstrap over images.
 
     Returns
     -------
@@ -710,9 +721,9 @@ def seen(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name in [*dict.fromkeys(table["model"]), "all models"]:
         part = known if name == "all models" else known[known["model"] == name]
-        for method in BLIND:
+        for method in (*BLIND, OURS):
             values = part[part["method"] == method].groupby("image")["ratio"].mean()
-            rows.append((name, method, *bootstrap_interval(values.to_numpy(), 0)[:4]))
+            rows.append((name, method, *bootstrap_interval(values.to_numpy(), seed)[:4]))
     return pd.DataFrame(rows, columns=["model", "method", "mean", "low", "high", "n"])
 
 
@@ -777,7 +788,7 @@ def step_cost(run: study.Run) -> pd.DataFrame:
     pd.DataFrame
         Columns ``model``, ``pair``, ``plain``, ``prior`` (seconds), ``ratio``.
     """
-    data = load_dataset(run.settings.dataset, "train", TIMED_ROWS)
+    data = load_dataset(run.settings.dataset, "train", TIMED_ROWS, run.settings.seed)
     rows = []
     for name, model in tqdm(run.models.items(), desc="cost of a step"):
         network = copy.deepcopy(model).requires_grad_(True).train()

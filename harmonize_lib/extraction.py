@@ -149,7 +149,12 @@ def _steps(record: Mapping[str, Tensor]) -> float:
 
 
 def throughput(
-    models: Mapping[str, Model], dataset: Dataset, records: Records, least: int = 2, seed: int = 0
+    models: Mapping[str, Model],
+    dataset: Dataset,
+    records: Records,
+    least: int = 2,
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> pd.DataFrame:
     """Images per second of every model and method, measured now.
 
@@ -165,6 +170,8 @@ def throughput(
         Images per measurement at least; more, up to 64, where steps times images leave room in a pass.
     seed : int
         Seed of the methods' randomness.
+    options : Mapping[str, Mapping[str, Any]] | None
+        Method to its options, as they were extracted.
 
     Returns
     -------
@@ -183,7 +190,8 @@ def throughput(
         images, targets = dataset.images[:n], dataset.labels[:n]
         explain(model, images[:1], targets[:1], "saliency")
         generator = torch.Generator().manual_seed(seed)
-        seconds = explain(model, images, targets, method, generator).record["seconds"]
+        chosen = (options or {}).get(method, {})
+        seconds = explain(model, images, targets, method, generator, **chosen).record["seconds"]
         rows.append((method, name, n / seconds, n, most, steps, *_settings(model)))
     settings = ["images", "rows", "steps", "device", "threads", "dtype", "torch"]
     return pd.DataFrame(rows, columns=["method", "model", "images_per_second", *settings])

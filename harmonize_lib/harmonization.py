@@ -440,7 +440,7 @@ def shortcut_scores(run: Run, maps: Maps, rule: str) -> pd.DataFrame:
     names = {name: scene for name, scene in names.items() if scene in list_models()}
     if run.dataset.name != "shapes-on-scenes" or len(names) < 3:
         return empty
-    scenes = load_dataset("shapes-on-scenes", "test", len(run.dataset), labels="scene")
+    scenes = load_dataset("shapes-on-scenes", "test", len(run.dataset), settings.seed, labels="scene")
     models = {scene: load_model(scene, device=settings.device) for scene in names.values()}
     methods = [method for method in settings.shortcut_methods if method in settings.methods]
     trained = {
@@ -558,7 +558,7 @@ def _judge(
         seen["masks"] = data.masks
     key = {
         "version": VERSION,
-        "weights": model.weights_hash,
+        "model": model.identity,
         "images": sha256_tensors(seen),
         "maps": digest,
         "rule": rule,

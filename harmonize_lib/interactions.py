@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import NamedTuple
@@ -89,7 +90,7 @@ def planted(kind: str, count: int, seed: int) -> list[Planted]:
     count : int
         Networks, each with other pairs, weights and biases.
     seed : int
-        Seed of all of it.
+        Seed of all of it; every kind has its own draws.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def planted(kind: str, count: int, seed: int) -> list[Planted]:
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(zlib.crc32(kind.encode()) + seed)
     n = SIDE * SIDE
     order = torch.stack([torch.randperm(n, generator=generator) for _ in range(count)])
     pairs = order[:, : 2 * PLANTED].view(count, PLANTED, 2)

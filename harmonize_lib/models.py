@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,23 @@ from torch.nn import functional as F
 
 from harmonize_lib import paths
 from harmonize_lib.errors import HarmonizeError, unknown
-from harmonize_lib.storage import sha256_file, sha256_tensors
+from harmonize_lib.storage import sha256_file, sha256_json, sha256_tensors
 
 LEAST_GRID = 4  # a coarser grid than 4 x 4 carries no place
 LOADED: dict[str, str] = {}  # name to weights hash of every model loaded since the notebook started
+
+
+def _own_code(network: nn.Module) -> list[str]:
+    """Source of the network's classes that no package's version stands for."""
+    known = ("torch.", "torchvision.", "timm.")
+    classes = {type(module) for module in network.modules() if not type(module).__module__.startswith(known)}
+    found = []
+    for kind in sorted(classes, key=lambda kind: kind.__qualname__):
+        try:
+            found.append(inspect.getsource(kind))
+        except (OSError, TypeError):  # typed at a prompt
+            found.append(kind.__qualname__)
+    return found
 
 
 def _vgg(classes: int) -> nn.Module:
@@ -155,6 +169,9 @@ class Model(nn.Module):
         sha256 over all parameters and buffers.
     """
 
+    # What else than its weights a model's results depend on: layers with their settings, normalization, own code.
+    form: str
+
     mean: Tensor
     std: Tensor
 
@@ -182,7 +199,13 @@ class Model(nn.Module):
         self.family = _family(network)
         self.geometry = _geometry(network, len(mean), input_size or (64, 64))
         self.weights_hash = sha256_tensors(network.state_dict())
+        self.form = sha256_json([str(network), _own_code(network), list(mean), list(std), input_size])
         self.eval()
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything about the model that its results depend on."""
+        return sha256_json([self.weights_hash, self.form])
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalize source pixels.

@@ -36,6 +36,7 @@ BAM_METHODS = [
     "occlusion",
     "attention_rollout",
 ]
+CONTROLS = ("random", "center", "edges")  # maps that know no model; notebooks 03 to 07 draw them anyway
 STUDY_METHODS = ["saliency", "input_x_gradient", "smoothgrad", "integrated_gradients", "grad_cam", "occlusion"]
 CHEAP: dict[str, dict[str, Any]] = {
     "smoothgrad": {"samples": 8},
@@ -73,6 +74,7 @@ class Parameters(BaseModel):
     """What every notebook takes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    other_data: ClassVar[bool] = True
 
     dataset: str = Field("shapes-on-scenes", description="shapes-on-scenes, or imagefolder:DIR")
     n_images: int = Field(100, ge=2, le=100_000, description="test images explained")
@@ -84,6 +86,8 @@ class Parameters(BaseModel):
     @classmethod
     def _known_dataset(cls, name: str) -> str:
         check_name(name)
+        if not cls.other_data and name != "shapes-on-scenes":
+            raise HarmonizeError(f"dataset={name[:60]!r}: this notebook runs on shapes-on-scenes alone")
         return name
 
     _writable = field_validator("output")(_folder)
@@ -98,9 +102,9 @@ class Parameters(BaseModel):
 
 
 class Study(Parameters):
-    """A notebook that compares models; ``extracts`` says whether it needs every map of ``models`` by ``methods``."""
+    """A notebook that compares maps; ``controls_apart``: controls among the methods would be averaged with them."""
 
-    extracts: ClassVar[bool] = True
+    controls_apart: ClassVar[bool] = True
 
     models: list[str] = Field(
         [f"{name}-obj" for name in ARCHITECTURES],
@@ -125,6 +129,13 @@ class Study(Parameters):
         for name in names:
             if name not in METHODS:
                 raise unknown("method", name, METHODS)
+        return names
+
+    @field_validator("methods")
+    @classmethod
+    def _controls_are_no_methods(cls, names: list[str]) -> list[str]:
+        if cls.controls_apart and (found := [name for name in names if name in CONTROLS]):
+            raise HarmonizeError(f"{found[0]} is a control, which this notebook has anyway: leave it out of methods")
         return names
 
     @field_validator("options")
@@ -153,17 +164,24 @@ class Patches(Study):
         return self
 
 
-class DataAndModels(Study):
+class DataAndModels(Parameters):
     """Notebook 01."""
 
-    extracts: ClassVar[bool] = False
+    other_data: ClassVar[bool] = False
 
+    dataset: str = Field("shapes-on-scenes", description="shapes-on-scenes")
+    n_images: int = Field(100, ge=10, le=100_000, description="test images explained")
+    models: list[str] = Field(
+        [f"{name}-obj" for name in ARCHITECTURES], min_length=2, description="models of the zoo, trained for objects"
+    )
     n_accuracy: int = Field(2000, ge=100, le=10_000, description="test images for the zoo's accuracy")
     patch: int = Field(4, ge=1, description="side of a patch in pixels; divides the image's side")
 
 
 class AttributionExtraction(Study):
     """Notebook 02."""
+
+    controls_apart: ClassVar[bool] = False
 
     n_images: int = Field(50, ge=2, le=100_000, description="test images explained")
     methods: list[str] = Field(list(METHODS), min_length=1, description="attribution methods, controls included")
@@ -278,6 +296,10 @@ class ExpectedGradients(Parameters):
 class AttributionPriors(Study):
     """Notebook 09."""
 
+    other_data: ClassVar[bool] = False
+
+    dataset: str = Field("shapes-on-scenes", description="of the consensus prior: shapes-on-scenes")
+
     n_images: int = Field(100, ge=2, le=10_000, description="test images whose maps judge the consensus prior")
     methods: list[str] = Field(
         ["input_x_gradient", "saliency"], min_length=1, description="methods whose maps judge the consensus prior"
@@ -324,6 +346,8 @@ class AttributionPriors(Study):
 
 class RealityChecks(Study):
     """Notebook 13."""
+
+    controls_apart: ClassVar[bool] = False
 
     n_images: int = Field(20, ge=2, le=100_000, description="test images explained")
     models: list[str] = Field(

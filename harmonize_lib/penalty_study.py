@@ -26,7 +26,7 @@ from harmonize_lib.attribution import explain
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.penalties import explanation_penalty
-from harmonize_lib.statistics import Interval, bootstrap_interval, paired_difference
+from harmonize_lib.statistics import Interval, bootstrap_interval, t_interval
 from harmonize_lib.storage import remember, sha256_tensors
 
 VERSION = 2
@@ -485,15 +485,13 @@ def _hash(task: Shortcut) -> str:
     return sha256_tensors({**task.x, **labels, "activity": task.activity, "corners": task.corners})
 
 
-def over_strengths(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+def over_strengths(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy against the strength of the penalty.
 
     Parameters
     ----------
     table : pd.DataFrame
         From :func:`grid`.
-    seed : int
-        Seed of the bootstrap over networks.
 
     Returns
     -------
@@ -507,7 +505,7 @@ def over_strengths(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     rows = []
     for name in SETS[1:]:
         for group, part in full.groupby(["task", "arm", "strength"], sort=False):
-            rows.append((name, *group, *bootstrap_interval(part[name].to_numpy(), seed)[:4]))
+            rows.append((name, *group, *t_interval(part[name])[:4]))
     return pd.DataFrame(rows, columns=["set", "task", "arm", "strength", "mean", "low", "high", "n"])
 
 
@@ -546,15 +544,13 @@ def select(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def selected_accuracy(chosen: pd.DataFrame, seed: int) -> pd.DataFrame:
+def selected_accuracy(chosen: pd.DataFrame) -> pd.DataFrame:
     """Accuracy under the shift at the chosen strengths.
 
     Parameters
     ----------
     chosen : pd.DataFrame
         From :func:`select`.
-    seed : int
-        Seed of the bootstrap over networks.
 
     Returns
     -------
@@ -563,13 +559,11 @@ def selected_accuracy(chosen: pd.DataFrame, seed: int) -> pd.DataFrame:
     """
     rows = []
     for group, part in chosen.groupby(["task", "arm", "protocol", "strength"], sort=False):
-        rows.append((*group, *bootstrap_interval(part["shifted test"].to_numpy(), seed)[:4]))
+        rows.append((*group, *t_interval(part["shifted test"])[:4]))
     return pd.DataFrame(rows, columns=["task", "arm", "protocol", "strength", "mean", "low", "high", "n"])
 
 
-def measured_claims(
-    chosen: pd.DataFrame, decoys: Sequence[Shortcut], batch_size: int, seed: int
-) -> dict[str, Interval]:
+def measured_claims(chosen: pd.DataFrame, decoys: Sequence[Shortcut], batch_size: int) -> dict[str, Interval]:
     """What the claims are judged by.
 
     Parameters
@@ -580,8 +574,6 @@ def measured_claims(
         Decoy digits, one task per seed.
     batch_size : int
         Images of a training step.
-    seed : int
-        Seed of the bootstrap over networks.
 
     Returns
     -------
@@ -615,9 +607,10 @@ def measured_claims(
             better("decoy", unknown_shift, rivals, worst=True),
             better("decoy", unknown_shift, cdep),
         ),
-        "eg_rrr_cost": (cost[cheaper], cost[dearer]),
     }
-    return {name: paired_difference(a, b, seed) for name, (a, b) in measured.items()}
+    counted = float(cost[cheaper].mean() - cost[dearer].mean())
+    differences = {name: t_interval(a - b) for name, (a, b) in measured.items()}
+    return differences | {"eg_rrr_cost": Interval(counted, counted, counted, 1)}
 
 
 def corner_share(

@@ -357,7 +357,24 @@ def _in_order(names: pd.Series) -> list[str]:
     return [name for name in names.cat.categories if name in there] if hasattr(names, "cat") else there
 
 
-def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls: Sequence[str] = ()) -> None:
+CONTROL_LINES: dict[str, tuple[str, Any]] = {  # gray and dashes, the same in every figure
+    "random": ("0.2", "--"),
+    "center": ("0.5", ":"),
+    "edges": ("0.6", "-."),
+    "object_mask": ("0.1", (0, (8, 2))),
+    "shuffled weights": ("0.7", (0, (5, 1, 1, 1))),
+}
+
+
+def curves(
+    ax: Axes,
+    table: pd.DataFrame,
+    x: str,
+    hue: str,
+    title: str,
+    controls: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> None:
     """Lines with bands: mean, low and high over x, one line per hue; controls are gray and dashed.
 
     Parameters
@@ -374,19 +391,21 @@ def curves(ax: Axes, table: pd.DataFrame, x: str, hue: str, title: str, controls
         What it shows.
     controls : Sequence[str]
         Values of ``hue`` that are floors or ceilings.
+    names : Sequence[str]
+        Values of ``hue`` over all panels of a figure, so that a line has one color in all of them.
     """
-    names = list(dict.fromkeys(table[hue]))
-    solid = [name for name in names if name not in controls]
+    shown = list(dict.fromkeys(table[hue]))
+    solid = [name for name in dict.fromkeys([*names, *shown]) if name not in controls]
     colors = dict(zip(solid, sns.color_palette("colorblind", len(solid)), strict=True))
-    dashes = dict(zip(controls, ("--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1))), strict=False))
-    for name in names:
+    for name in shown:
         part = table[table[hue] == name].sort_values(x)
-        color = colors.get(name, "0.35")
+        gray, dashes = CONTROL_LINES.get(name, ("0.35", "--"))
+        color = colors.get(name, gray)
         ax.plot(
             part[x],
             part["mean"],
             color=color,
-            ls=dashes.get(name, "-"),
+            ls="-" if name in colors else dashes,
             lw=1.3,
             marker="." if len(part) <= 20 else "",
             ms=4,

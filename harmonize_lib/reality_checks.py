@@ -55,7 +55,7 @@ def random_label_models(names: Iterable[str]) -> dict[str, str]:
     return {name: other for name, other in pairs.items() if other in there}
 
 
-def memorized(names: Iterable[str], seed: int) -> pd.DataFrame:
+def memorized(names: Iterable[str], seed: int, device: str = "auto") -> pd.DataFrame:
     """What the models of random labels know of the images they were trained on, and of new ones.
 
     Parameters
@@ -64,6 +64,8 @@ def memorized(names: Iterable[str], seed: int) -> pd.DataFrame:
         Zoo names such as ``"resnet-random_labels"``.
     seed : int
         Seed of the bootstrap.
+    device : str
+        Where they run.
 
     Returns
     -------
@@ -73,7 +75,7 @@ def memorized(names: Iterable[str], seed: int) -> pd.DataFrame:
     """
     rows = []
     for name in names:
-        model, count = load_model(name), manifest()[name]["recipe"]["train_images"]
+        model, count = load_model(name, device=device), manifest()[name]["recipe"]["train_images"]
         for kind, split, labels in (("training", "train", "random_labels"), ("test", "test", "obj")):
             data = load_dataset("shapes-on-scenes", split, count, labels=labels)
             correct = study.predictions(model, data.images) == data.labels
@@ -213,8 +215,16 @@ def weight_table(run: Run, methods: Mapping[str, Sequence[str]]) -> pd.DataFrame
     pd.DataFrame
         As :func:`compare` gives it, checks ``CASCADING``, ``INDEPENDENT`` (stages from 1, the logits' layer) and
         ``SECOND_SEED``.
+
+    Raises
+    ------
+    HarmonizeError
+        More stages than a model has layers.
     """
     count, seed = run.settings.stages, run.settings.seed
+    least = min(run.models, key=lambda name: len(sanity.layers(run.models[name])))
+    if count > (most := len(sanity.layers(run.models[least]))):
+        raise HarmonizeError(f"stages={count}: {least[:60]} has {most} layers; take at most that many stages")
     kinds = {CASCADING: sanity.cascading, INDEPENDENT: sanity.independent}
     twins = [
         (kind, stage, dict(zip(run.models, stand_ins, strict=True)))
@@ -223,7 +233,7 @@ def weight_table(run: Run, methods: Mapping[str, Sequence[str]]) -> pd.DataFrame
             zip(*[function(model, seed, count) for model in run.models.values()], strict=True), start=1
         )
     ]
-    jobs = [*twins, (SECOND_SEED, 0, second_seeds(run.models))]
+    jobs = [*twins, (SECOND_SEED, 0, second_seeds(run.models, run.settings.device))]
     parts = [
         compare(run, models, methods, kind, stage)
         for kind, stage, models in tqdm(jobs, desc="randomization", mininterval=1)
@@ -232,20 +242,23 @@ def weight_table(run: Run, methods: Mapping[str, Sequence[str]]) -> pd.DataFrame
     return pd.concat(parts, ignore_index=True)
 
 
-def second_seeds(names: Iterable[str]) -> dict[str, Model]:
+def second_seeds(names: Iterable[str], device: str) -> dict[str, Model]:
     """The zoo's second seeds of these models.
 
     Parameters
     ----------
     names : Iterable[str]
         Names.
+    device : str
+        Where they run.
 
     Returns
     -------
     dict[str, Model]
         Name to its second seed, for those that have one.
     """
-    return {name: load_model(other) for name in names if (other := study.second_seed(name)) is not None}
+    seeds = {name: study.second_seed(name) for name in names}
+    return {name: load_model(other, device=device) for name, other in seeds.items() if other is not None}
 
 
 def label_table(run: Run, methods: Mapping[str, Sequence[str]]) -> pd.DataFrame:
@@ -265,8 +278,9 @@ def label_table(run: Run, methods: Mapping[str, Sequence[str]]) -> pd.DataFrame:
         empty where there are none.
     """
     others = random_label_models(run.models)
-    seeds = second_seeds(others)
-    twins = {RANDOM_LABELS: {name: load_model(others[name]) for name in seeds}, SECOND_SEED: seeds}
+    device = run.settings.device
+    seeds = second_seeds(others, device)
+    twins = {RANDOM_LABELS: {name: load_model(others[name], device=device) for name in seeds}, SECOND_SEED: seeds}
     parts = [compare(run, models, methods, check) for check, models in twins.items() if models]
     columns = ["check", "stage", "model", "method", "measure", "image", "value"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
@@ -678,20 +692,18 @@ THIS = "13_reality_checks"
 CHECKS: dict[str, Check] = {
     "completeness": Check("relative\ncompleteness gap", "02_attribution_extraction", "completeness", {}, -1),
     "weights": Check(
-        "similarity, weights\nrandomized",
+        "weights destroyed,\nsimilarity lost",
         THIS,
         "sensitivity_weights",
         {"maps": SINGLE, "measure": "spearman"},
-        -1,
-        value="after",
+        1,
     ),
     "labels": Check(
-        "similarity, labels\nrandomized",
+        "labels destroyed,\nsimilarity lost",
         THIS,
         "sensitivity_labels",
         {"maps": SINGLE, "measure": "spearman"},
-        -1,
-        value="after",
+        1,
     ),
     **{
         metric: Check(f"BAM\n{metric}", "07_bam", "metrics_original", {"metric": metric, "model": "mean"}, 1)
@@ -793,7 +805,7 @@ def _share_beaten(value: float, ranked: np.ndarray, outside: bool) -> float:
     return float(((ranked < value).sum() + ties / 2) / others) if others else np.nan
 
 
-def harmonized_card(figures: Path, rule: str) -> tuple[pd.DataFrame, list[str]]:
+def harmonized_card(figures: Path, rule: str, sharper: Mapping[str, Interval]) -> tuple[pd.DataFrame, list[str]]:
     """Single maps and harmonized maps on the checks that notebooks ran on both, mean over their methods.
 
     Parameters
@@ -802,6 +814,8 @@ def harmonized_card(figures: Path, rule: str) -> tuple[pd.DataFrame, list[str]]:
         The figures folder.
     rule : str
         The rule of consensus.
+    sharper : Mapping[str, Interval]
+        ``"weights"`` and ``"labels"`` to what :func:`sharpening` found.
 
     Returns
     -------
@@ -812,16 +826,11 @@ def harmonized_card(figures: Path, rule: str) -> tuple[pd.DataFrame, list[str]]:
     rows: list[tuple[str, float, float, float]] = []  # check, single, harmonized, verdict
     missing = []
     for name, table in OWN_TABLES.items():
-        found = read_table(figures, THIS, table, ["maps", "measure", "method", "after"])
-        levels = (
-            None
-            if found is None
-            else _rows(found, {"measure": "spearman"}).pivot(index="method", columns="maps", values="after")
-        )
-        if levels is not None and {SINGLE, HARMONIZED} <= set(levels):
+        found = read_table(figures, THIS, table, ["maps", "measure", "method", "mean"])
+        if found is not None and sharper[name].n:
+            levels = _rows(found, {"measure": "spearman"}).pivot(index="method", columns="maps", values="mean")
             levels = levels[~levels.index.isin(CONTROLS)].dropna()
-            difference = bootstrap_interval(levels[SINGLE] - levels[HARMONIZED], 0)
-            rows.append((name, levels[SINGLE].mean(), levels[HARMONIZED].mean(), _side(*difference[1:3])))
+            rows.append((name, levels[SINGLE].mean(), levels[HARMONIZED].mean(), _side(*sharper[name][1:3])))
         else:
             missing.append(f"{name}: no harmonized maps in {THIS}/{table}")
     needed = ["metric", "variant", "rule", "consensus", "members", "low", "high"]

@@ -29,7 +29,7 @@ from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import Model, load_model
-from harmonize_lib.parameters import NOTEBOOKS, check
+from harmonize_lib.parameters import NOTEBOOKS, Study, check
 from harmonize_lib.plots import PACKAGES
 from harmonize_lib.storage import sha256_file, sha256_json, write_atomic
 
@@ -561,8 +561,8 @@ def _interrupted(job: Job, began: float) -> Outcome:
 
 
 @lru_cache(maxsize=2)
-def _dataset(name: str, n: int) -> Dataset:
-    return load_dataset(name, "test", n)
+def _dataset(name: str, n: int, seed: int) -> Dataset:
+    return load_dataset(name, "test", n, seed)
 
 
 @lru_cache(maxsize=16)
@@ -587,7 +587,7 @@ def preflight(settings: Any) -> None:
         _model(spec, settings.device)
     if not hasattr(settings, "dataset"):
         return
-    dataset = _dataset(settings.dataset, settings.n_images)
+    dataset = _dataset(settings.dataset, settings.n_images, settings.seed)
     patch, side = getattr(settings, "patch", 1), dataset.images.shape[-1]
     if side % patch:
         fits = ", ".join(str(k) for k in range(1, side + 1) if side % k == 0)
@@ -599,7 +599,7 @@ def _explained(notebook: str, values: str) -> list[tuple[str, Dataset]]:
     """Models and what they are shown, of a notebook with these parameters, as JSON."""
     settings = check(notebook, json.loads(values))
     explained = EXPLAINED.get(notebook, study.explained)
-    return list(explained(settings, _dataset(settings.dataset, settings.n_images)))
+    return list(explained(settings, _dataset(settings.dataset, settings.n_images, settings.seed)))
 
 
 def missing_maps(all_settings: Iterable[Any]) -> list[Maps]:
@@ -618,7 +618,7 @@ def missing_maps(all_settings: Iterable[Any]) -> list[Maps]:
     names = {kind: name for name, kind in NOTEBOOKS.items()}
     wanted: dict[Path, Maps] = {}
     for settings in all_settings:
-        if not getattr(settings, "extracts", False):
+        if not isinstance(settings, Study):
             continue
         notebook, values = names[type(settings)], settings.model_dump_json()
         for i, (spec, dataset) in enumerate(_explained(notebook, values)):

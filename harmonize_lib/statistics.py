@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t
+from scipy.stats import binomtest, t
 
 from harmonize_lib.errors import HarmonizeError
 
@@ -151,6 +151,27 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     half = float(t.ppf((1 + level) / 2, n - 1)) * error
     p = 2 * float(t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
     return Interval(mean, mean - half, mean + half, n, p)
+
+
+def share_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share; it has a width where all or none succeed.
+
+    Parameters
+    ----------
+    successes : int
+        How many of the trials did.
+    n : int
+        Independent trials, at least 1.
+    level : float
+        Coverage.
+
+    Returns
+    -------
+    Interval
+        The share, and n.
+    """
+    low, high = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return Interval(successes / n, float(low), float(high), n)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -86,7 +86,7 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
     figures = Path(settings.output).expanduser() if settings.output else paths.FIGURES
     dataset: Any = None
     if hasattr(settings, "dataset"):
-        dataset = load_dataset(settings.dataset, "test", settings.n_images)
+        dataset = load_dataset(settings.dataset, "test", settings.n_images, settings.seed)
     LOADED.clear()
     loaded = [load_model(spec, device=settings.device) for spec in getattr(settings, "models", [])]
     models = {model.name: model for model in loaded}
@@ -174,7 +174,7 @@ def _shards(
     for index in torch.arange(len(dataset)).split(CHUNK):
         images, targets = dataset.images[index], dataset.labels[index]
         key = {
-            "weights": model.weights_hash,
+            "model": model.identity,
             "images": sha256_tensors({"images": images, "targets": targets}),
             "method": method,
             "version": METHODS[method].version,
@@ -377,7 +377,7 @@ def recognition_table(
         parts = [
             remember(
                 "recognition",
-                key | {"weights": model.weights_hash},
+                key | {"model": model.identity},
                 partial(
                     _recognize,
                     model,
@@ -456,16 +456,16 @@ def controls(run: Run) -> dict[tuple[str, str], Tensor]:
     Parameters
     ----------
     run : Run
-        Gives images, masks and seed.
+        Gives images, masks, seed and options.
 
     Returns
     -------
     dict[tuple[str, str], Tensor]
         ``(name, "control")`` to maps (N, H, W); the object mask only where masks are known.
     """
-    model = next(iter(run.models.values()))
+    model, options = next(iter(run.models.values())), getattr(run.settings, "options", {})
     maps = {
-        (name, "control"): attributions(model, run.dataset, name, run.settings.seed)["maps"]
+        (name, "control"): attributions(model, run.dataset, name, run.settings.seed, **options.get(name, {}))["maps"]
         for name in ("random", "center", "edges")
     }
     if run.dataset.masks is not None:
@@ -511,11 +511,11 @@ def predictions(model: Model, images: Tensor) -> Tensor:
     Tensor
         (N) int64.
     """
-    key = {"weights": model.weights_hash, "images": sha256_tensors({"images": images})}
+    key = {"model": model.identity, "images": sha256_tensors({"images": images})}
     return remember("prediction", key, lambda: {"predicted": predict(model, images)})["predicted"]
 
 
-def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.DataFrame:
+def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0, device: str = "auto") -> pd.DataFrame:
     """Test accuracy of every model of the zoo that has one of these architectures and was trained to generalize.
 
     Parameters
@@ -526,6 +526,8 @@ def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.Data
         Test images.
     seed : int
         Seed of the bootstrap.
+    device : str
+        Where the models run.
 
     Returns
     -------
@@ -537,7 +539,7 @@ def zoo_accuracy(architectures: Sequence[str], n: int, seed: int = 0) -> pd.Data
         general = "commonality" not in entry["labels"] and entry["labels"]["labels"] != "random_labels"
         if entry["architecture"] in architectures and general:
             data = load_dataset("shapes-on-scenes", "test", n, **entry["labels"])
-            correct = predictions(load_model(name), data.images) == data.labels
+            correct = predictions(load_model(name, device=device), data.images) == data.labels
             task = name.removeprefix(entry["architecture"] + "-")
             rows.append((name, entry["architecture"], task, *bootstrap_interval(correct.double().numpy(), seed)[:4]))
     return pd.DataFrame(rows, columns=["model", "architecture", "task", "mean", "low", "high", "n"])

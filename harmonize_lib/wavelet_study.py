@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harmonize_lib import plots
-from harmonize_lib.statistics import Interval, bootstrap_interval, paired_difference
+from harmonize_lib.statistics import Interval, share_interval, t_interval
 from harmonize_lib.storage import remember
 from harmonize_lib.transformations import (
     METHODS,
@@ -42,11 +43,11 @@ from harmonize_lib.wavelets import (
     structure,
 )
 
-VERSION = 2
+VERSION = 3
 LENGTH, TAPS, LEVELS, SCALE = 64, 10, 3, 2  # signals, filters, depth of the transform, the scale that matters
 COMPONENTS, HIDDEN, POINTS = 16, 32, 20
 TEACHER_STEPS = 600
-DENSITY = 0.3  # share of the wavelet's coefficients that are not zero
+DENSITY = 0.15  # share of the wavelet's coefficients that are not zero
 STARTS = ("db5", "sym5")  # of a distillation; the first is the reference
 ARMS = ("db5", "without interpretation loss", "AWD")
 STRUCTURE = ("sum", "highpass sum", "norm", "spectrum", "even shifts")
@@ -212,15 +213,13 @@ def _perceptron(weights: list[Tensor], mean: Tensor, deviation: Tensor) -> nn.Mo
     return nn.Sequential(inner, nn.ReLU(), outer).eval()
 
 
-def recovery(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+def recovery(table: pd.DataFrame) -> pd.DataFrame:
     """Share of simulations in which the coefficient that matters ranks first.
 
     Parameters
     ----------
     table : pd.DataFrame
         From :func:`knock_out`.
-    seed : int
-        Seed of the bootstrap.
 
     Returns
     -------
@@ -229,8 +228,13 @@ def recovery(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """
     rows = []
     for group, part in table.groupby(["transform", "method", "network"], sort=False):
-        rows.append((*group, *bootstrap_interval((part["rank"] == 1).to_numpy(float), seed)[:4]))
+        rows.append((*group, *share_interval(int((part["rank"] == 1).sum()), len(part))[:4]))
     return pd.DataFrame(rows, columns=["transform", "method", "network", "mean", "low", "high", "n"])
+
+
+def _stream(name: str, seed: int) -> int:
+    """Every wavelet has its own draws."""
+    return zlib.crc32(name.encode()) + seed
 
 
 def simulate(name: str, n: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -248,18 +252,15 @@ def simulate(name: str, n: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple[Tensor, Tensor]
-        Signals (S, n, 64): 30 % of the coefficients are normal, the others zero, plus noise of deviation 0.1;
+        Signals (S, n, 64): 15 % of the coefficients are normal, the others zero, plus noise of deviation 0.1;
         responses (S, n): the sum of the three largest coefficients at scale 2 plus noise of half its deviation.
     """
     lowpass, which = reference_filter(name, TAPS).float(), scales(LENGTH, LEVELS)
     data = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        s = (
-            torch.randn(n, LENGTH, generator=generator)
-            * (torch.rand(n, LENGTH, generator=generator) < 0.15)
-            / 0.15**0.5
-        )
+        generator = torch.Generator().manual_seed(_stream(name, seed))
+        size, present = (draw(n, LENGTH, generator=generator) for draw in (torch.randn, torch.rand))
+        s = size * (present < DENSITY) / DENSITY**0.5
         x = idwt(s, lowpass, LEVELS) + 0.1 * torch.randn(n, LENGTH, generator=generator)
         y = s[:, which == SCALE].topk(3, 1).values.sum(1)
         y = (y - y.mean()) / y.std() + 0.5 * torch.randn(n, generator=generator)
@@ -357,7 +358,7 @@ def _distil(
 ) -> dict[str, Tensor]:
     count = len(seeds)
     x, y = simulate(name, 2 * n, seeds)
-    teacher = teachers(count, seeds[0])
+    teacher = teachers(count, _stream(name, seeds[0]))
     slope, predicted = _teach(teacher, x, y, n, seeds[0])
     true = reference_filter(name)
     before, histories = [reference_filter(STARTS[0]).float().repeat(count, 1)], []
@@ -405,15 +406,13 @@ def _best_start(
     return found[chosen], torch.tensor(kept.groupby("step")[list(HISTORY)].mean().to_numpy())
 
 
-def summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds and wavelets.
 
     Parameters
     ----------
     table : pd.DataFrame
         ``table`` of :func:`distillation`.
-    seed : int
-        Seed of the bootstrap.
 
     Returns
     -------
@@ -424,11 +423,11 @@ def summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     for measure in ("r2", "compression", "similarity"):
         for group, part in table.groupby(["wavelet", "arm"], sort=False):
             if part[measure].notna().any():
-                rows.append((measure, *group, *bootstrap_interval(part[measure].to_numpy(), seed)[:4]))
+                rows.append((measure, *group, *t_interval(part[measure].dropna())[:4]))
     return pd.DataFrame(rows, columns=["measure", "wavelet", "arm", "mean", "low", "high", "n"])
 
 
-def measured_claims(recovered: pd.DataFrame, table: pd.DataFrame, seed: int) -> dict[str, Interval]:
+def measured_claims(recovered: pd.DataFrame, table: pd.DataFrame) -> dict[str, Interval]:
     """What the claims are judged by.
 
     Parameters
@@ -437,8 +436,6 @@ def measured_claims(recovered: pd.DataFrame, table: pd.DataFrame, seed: int) -> 
         From :func:`recovery`.
     table : pd.DataFrame
         ``table`` of :func:`distillation`.
-    seed : int
-        Seed of the bootstrap.
 
     Returns
     -------
@@ -450,11 +447,11 @@ def measured_claims(recovered: pd.DataFrame, table: pd.DataFrame, seed: int) -> 
     by_arm = {arm: part.sort_values(["wavelet", "seed"]) for arm, part in table.groupby("arm")}
 
     def difference(measure: str, a: str, b: str) -> Interval:
-        return paired_difference(by_arm[a][measure].to_numpy(), by_arm[b][measure].to_numpy(), seed)
+        return t_interval(by_arm[a][measure].to_numpy() - by_arm[b][measure].to_numpy())
 
     return {
         "trim_recovery": Interval(worst["mean"], worst["low"], worst["high"], int(worst["n"])),
-        "awd_recovery": bootstrap_interval(by_arm["AWD"]["similarity"].to_numpy(), seed),
+        "awd_recovery": t_interval(by_arm["AWD"]["similarity"]),
         "awd_over_db5": difference("r2", "AWD", "db5"),
         "awd_over_teacher": difference("r2", "AWD", "teacher"),
         "awd_interpretation": difference("r2", "AWD", "without interpretation loss"),

@@ -218,6 +218,10 @@ def test_contrast_correlation_against_the_standard_library():
     assert found == bam.contrast_correlation(contrast, drop, seed=0)
     perfect = bam.contrast_correlation(drop * 2 - 1, drop, seed=0)
     assert perfect.mean == pytest.approx(1) and perfect.low == pytest.approx(1)
+    three = bam.contrast_correlation(
+        torch.stack([contrast, contrast, -contrast]), torch.stack([drop, torch.zeros(5, 30), drop]), seed=0
+    )  # the second architecture loses nothing, and has no correlation
+    assert three.mean == pytest.approx(0, abs=1e-12) and three.low == pytest.approx(0, abs=1e-12)
     assert math.isnan(bam.contrast_correlation(contrast, torch.zeros(5, 30), seed=0).mean)
     assert math.isnan(bam.contrast_correlation(contrast[:2], drop[:2], seed=0).mean)
     with pytest.raises(HarmonizeError, match=r"contrast \(5, 30\) and drop \(4, 30\)"):

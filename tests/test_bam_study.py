@@ -306,6 +306,10 @@ def test_claims_read_the_right_sides(run):
                 "image": [f"{i}" for i in range(8)],
                 "consensus": high,
                 "members": low,
+                "scene": 0.3,
+                "object": 0.4,
+                "member_scene": 0.1,
+                "member_object": 0.2,
             }
         )
         for metric, high, low in (("MCS", 0.3, 0.4), ("IDR", 0.9, 0.6), ("IIR", 0.2, 0.5))
@@ -318,13 +322,13 @@ def test_claims_read_the_right_sides(run):
         "bam_grad_cam_contrast": 0.2,
         "bam_smoothgrad_gradient": 0.1,
         "bam_smoothgrad_ig": 0.05,
-        "bam_dependence": 0 - 2 / 3,
+        "bam_dependence": 0 - (1 - 0.5),
         "bam_independence": 0.9,
         "bam_rankings": 0.4,
         "bam_relative": 0.9,
         "harmonized_dependence": (1 - 0.9) - (1 - 0.6),
         "harmonized_independence": (1 - 0.2) - (1 - 0.5),
-        "harmonized_inherits": 0.75,
+        "harmonized_inherits": (1 - 0.3 / 0.4) / (1 - 0.1 / 0.2),
     }
     assert {claim: pytest.approx(interval.mean) for claim, interval in found.items()} == expected
     assert set(found) <= set(CLAIMS)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harmonize_lib import HarmonizeError, Interval, claims, plots
+from harmonize_lib import HarmonizeError, Interval, claims, paths, plots
 from harmonize_lib.storage import sha256_file
 
 
@@ -91,3 +91,13 @@ def test_a_figure_has_four_files_that_match_its_provenance_and_repeat(tmp_path):
 def test_labels_are_for_readers():
     assert plots.label("grad_cam") == "Grad-CAM" and plots.label("vit-obj-s1") == "ViT (seed 1)"
     assert plots.label("timm:vit_tiny_patch16_224") == "vit tiny patch16 224"
+
+
+def test_every_claim_belongs_to_one_notebook_which_says_its_criterion_before_the_run():
+    asked = [name for names in claims.JUDGED.values() for name in names]
+    assert sorted(asked) == sorted(claims.CLAIMS)
+    for notebook, names in claims.JUDGED.items():
+        text = claims.criteria(notebook)
+        assert all(claims.CLAIMS[name].criterion in text for name in names) and text.count("\n- ") == len(names)
+    ledger = pd.read_csv(paths.FIGURES / "claims.csv")
+    assert ledger.groupby("notebook")["id"].apply(tuple).to_dict() == claims.JUDGED

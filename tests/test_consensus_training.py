@@ -102,8 +102,13 @@ def test_differences_are_paired_over_images_and_seeds():
     assert table.loc[ct.PLAIN, "mean"] == pytest.approx(0.24)
     assert (table.loc[ct.PLAIN, "lowest"], table.loc[ct.PLAIN, "highest"]) == pytest.approx((0.2, 0.28))
     assert table.loc[ct.CONTROL, "low"] == pytest.approx(0.2)  # every image gains the same
-    pooled = ct.pooled_difference(made_up(), "Spearman", ct.CONTROL, 0)
-    assert pooled.mean == pytest.approx(0.2) and pooled.n == 4
+
+
+def test_the_ledger_counts_networks_not_images():
+    pooled = ct.pooled_difference(made_up(), "Spearman", ct.CONTROL)  # 0.15 and 0.25 by the two seeds
+    assert pooled.mean == pytest.approx(0.2) and pooled.n == 2
+    assert pooled.high - pooled.mean == pytest.approx(12.7062 * 0.05, rel=1e-5)  # Student's t with one degree
+    assert ct.pooled_difference(made_up(), "Spearman", "before").mean == pytest.approx(0.25)
 
 
 def test_facts_follow_the_accuracy():

@@ -271,7 +271,7 @@ def test_operations_of_a_plain_step_are_those_counted_by_hand():
 
 def test_claims_are_paired_over_seeds():
     decoys = [study.shortcut("decoy", study.load("digits", 100, 50, 50, seed), seed) for seed in (0, 1)]
-    measured = study.measured_claims(study.select(table(), 0.02), decoys, 50, 0)
+    measured = study.measured_claims(study.select(table(), 0.02), decoys, 50)
     expected = {
         "cdep_color": 0.2,
         "cdep_color_unknown": 0.2,
@@ -280,4 +280,5 @@ def test_claims_are_paired_over_seeds():
         "eg_rrr_cost": (study.operations(decoys[0], "CDEP (paper)", 50) - study.operations(decoys[0], "RRR", 50)) / 1e6,
     }
     for name, value in expected.items():
-        assert measured[name].mean == pytest.approx(value, abs=1e-9) and measured[name].n == 2, name
+        assert measured[name].mean == pytest.approx(value, abs=1e-9), name
+        assert measured[name].n == (1 if name == "eg_rrr_cost" else 2), name

@@ -17,6 +17,8 @@ from harmonize_lib import Interval, claims, consensus, explain, load_dataset, pa
 from harmonize_lib import reality_checks as checks
 from harmonize_lib.study import Run
 
+NOTHING = Interval(np.nan, np.nan, np.nan, 0)
+
 
 @pytest.fixture
 def run(monkeypatch, tmp_path) -> Run:
@@ -176,9 +178,14 @@ def test_harmonized_maps_stand_beside_single_ones_in_the_direction_of_the_check(
         low=[0.05, -0.3, -0.1],
         high=[0.2, -0.1, 0.2],
     )
-    card, missing = checks.harmonized_card(tmp_path, "mean")
+    maps, method = [checks.SINGLE, checks.HARMONIZED] * 2, ["rise", "rise", "edges", "edges"]
+    drops = {"measure": "spearman", "maps": maps, "method": method, "mean": [0.2, 0.5, 0.0, 0.9]}
+    write(tmp_path, checks.THIS, "sensitivity_weights", **drops)
+    card, missing = checks.harmonized_card(tmp_path, "mean", {"weights": Interval(0.3, 0.1, 0.5, 9), "labels": NOTHING})
     rows = card.set_index(["check", "method"])
     assert rows["value"].round(6).to_dict() == {
+        ("weights", checks.SINGLE): 0.2,
+        ("weights", checks.HARMONIZED): 0.5,
         ("transfer", checks.SINGLE): 0.4,
         ("transfer", checks.HARMONIZED): 0.5,
         ("localization", checks.SINGLE): 0.8,
@@ -186,14 +193,13 @@ def test_harmonized_maps_stand_beside_single_ones_in_the_direction_of_the_check(
         ("deletion", checks.SINGLE): 0.35,
         ("deletion", checks.HARMONIZED): 0.3,
     }
-    assert rows["beats"].tolist() == [0, 1, 1, 0, 0.5, 0.5]
-    assert len(missing) == 5
+    assert rows["beats"].tolist() == [0, 1, 0, 1, 1, 0, 0.5, 0.5]
+    assert len(missing) == 4
 
 
 def test_card_and_ledger_are_drawn_from_whatever_is_there(tmp_path):
-    figure = checks.draw_card(
-        *(checks.report_card(tmp_path, ["rise"])[0], checks.harmonized_card(tmp_path, "mean")[0]), ["rise"]
-    )
+    pair = checks.harmonized_card(tmp_path, "mean", {"weights": NOTHING, "labels": NOTHING})[0]
+    figure = checks.draw_card(checks.report_card(tmp_path, ["rise"])[0], pair, ["rise"])
     assert len(figure.axes[0].texts) == 0
     for notebook, name, mean in (("03_a", "selectivity", -0.1), ("04_b", "family", 0.1), ("04_c", "pool_size", -1.0)):
         (tmp_path / notebook).mkdir()

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from harmonize_lib.errors import HarmonizeError
-from harmonize_lib.statistics import bootstrap_interval, holm, paired_difference, t_interval
+from harmonize_lib.statistics import bootstrap_interval, holm, paired_difference, share_interval, t_interval
 
 
 def literal_bootstrap(values, clusters, seed, level, n_resamples):
@@ -164,3 +164,14 @@ def test_t_interval_equals_scipy():
     one, none = t_interval([1.5]), t_interval([np.nan])
     assert one.mean == 1.5 and one.n == 1 and np.isnan([one.low, one.high, one.p]).all()
     assert none.n == 0 and np.isnan(none.mean)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 20), (7, 20), (100, 100)])
+def test_share_interval_is_wilsons(successes, n):
+    z, share = 1.959963984540054, successes / n
+    middle, width = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    found = share_interval(successes, n)
+    assert (found.mean, found.n) == (share, n)
+    assert found[1:3] == pytest.approx(
+        ((middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)), abs=1e-12
+    )

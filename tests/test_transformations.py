@@ -235,7 +235,7 @@ def test_the_coefficient_that_matters_ranks_first():
     """A small version of the simulation; the notebook runs 100 of each."""
     table = knock_out(4, 200, 0)
     assert len(table) == len(TRANSFORMS) * len(METHODS) * 2 * 4
-    shares = recovery(table, 0)
+    shares = recovery(table)
     trained = shares[shares["network"] == "trained"]
     assert (trained["mean"] >= 0.75).all() and trained["mean"].mean() >= 0.9, trained
     assert shares.loc[shares["network"] == "untrained", "mean"].mean() < 0.5
