@@ -1040,6 +1040,7 @@ def draw_models(run: Run, table: pd.DataFrame, variant: str = "original") -> tup
         ax.set(xlabel="", ylabel="")
         ax.set_facecolor("0.88")
         ax.grid(visible=False)
+    figure.suptitle(f"{variant.capitalize()} scale of g", fontsize=9, fontweight="bold", x=0.01, ha="left")
     return figure, cells
 
 
@@ -1073,6 +1074,7 @@ def draw_ranks(ranks: pd.DataFrame, agreement: Mapping[str, Interval], variant: 
         plots.tiles(ax, cells.sort_values([*orders]), "method", "metric", "rank", title, cmap="viridis_r")
         ax.set_xticks(ax.get_xticks(), METRICS, rotation=0, ha="center")
         ax.set_title(title, fontsize=8)
+    figure.suptitle(f"{variant.capitalize()} scale of g", fontsize=9, fontweight="bold", x=0.01, ha="left")
     return figure
 
 

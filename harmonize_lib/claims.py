@@ -707,8 +707,8 @@ def readme_text(text: str, ledger: pd.DataFrame) -> str:
         The README with this ledger.
     """
     rows = [
-        f"| {row.source}: {row.reported} | {row.measured} | {row.estimate} [{row.low}, {row.high}], n = {row.n} | "
-        f"**{row.verdict}** | {row.notebook[:2]} |"
+        f"| {row.source}: {row.reported} (`{row.id}`) | {row.measured} | "
+        f"{row.estimate} [{row.low}, {row.high}], n = {row.n} | **{row.verdict}** | {row.notebook[:2]} |"
         for row in ledger.itertuples()
     ]
     table = [

@@ -590,6 +590,8 @@ def facts(table: pd.DataFrame) -> dict[str, bool]:
         Statement to whether it holds.
     """
     return {
-        f"consensus prior: {model} with {arm} keeps clean accuracy within a point": bool(change >= -TOLERANCE)
+        f"consensus prior: {model} with {arm} keeps clean accuracy within a point, by the mean": bool(
+            change >= -TOLERANCE
+        )
         for model, arm, change in zip(table["model"], table["arm"], table["mean"], strict=True)
     }
