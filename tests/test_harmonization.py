@@ -59,7 +59,7 @@ class Spot(nn.Module):
 
     def __init__(self, name: str, architecture: str) -> None:
         super().__init__()
-        self.name, self.architecture, self.weights_hash = name, architecture, name
+        self.name, self.architecture, self.identity = name, architecture, name
 
     def forward(self, x: Tensor) -> Tensor:
         logit = 4 * x[:, 0, :PATCH, :PATCH].mean((1, 2)) - 3

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from harmonize_lib import HarmonizeError, list_models, load_dataset, load_model, paths
 from harmonize_lib.models import ARCHITECTURES, Model, _family, manifest, shuffled
@@ -89,6 +90,15 @@ def test_shuffled_keeps_values_and_loses_their_order():
     assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
     assert not torch.equal(before, after) and other.weights_hash != model.weights_hash
     assert torch.equal(shuffled(model, 0).network.fc.weight, after)
+
+
+def test_identity_changes_with_whatever_results_depend_on():
+    def made(mean=0.5, stride=1, seed=0):
+        torch.manual_seed(seed)
+        return Model(nn.Conv2d(3, 2, 3, stride), "m", "own", ("a", "b"), mean=(mean,) * 3)
+
+    assert made().identity == made().identity and made().weights_hash == made(mean=0.4).weights_hash
+    assert len({model.identity for model in (made(), made(mean=0.4), made(stride=2), made(seed=1))}) == 4
 
 
 def test_timm_tag_with_local_weights_and_its_own_preprocessing(tmp_path):

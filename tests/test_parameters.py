@@ -69,3 +69,18 @@ def test_mistakes_name_the_parameter_in_one_line(values, says):
     line = str(error.value)
     assert re.search(says, line), line
     assert "\n" not in line and len(line) <= 200
+
+
+@pytest.mark.parametrize(
+    ("notebook", "values", "message"),
+    [
+        ("04_cross_architecture_transfer", {"methods": ["saliency", "random"]}, "random is a control"),
+        ("07_bam", {"methods": ["edges"]}, "edges is a control"),
+        ("09_attribution_priors", {"dataset": "imagefolder:photos"}, "runs on shapes-on-scenes alone"),
+        ("01_data_and_models", {"methods": ["saliency"]}, "unknown parameter"),
+    ],
+)
+def test_what_a_notebook_would_ignore_or_average_wrongly_is_refused(notebook, values, message):
+    with pytest.raises(HarmonizeError, match=message):
+        check(notebook, values)
+    assert check("02_attribution_extraction", {"methods": ["saliency", "random"]}).methods == ["saliency", "random"]

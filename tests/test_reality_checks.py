@@ -13,7 +13,7 @@ import tiny
 import torch
 from scipy.stats import spearmanr
 
-from harmonize_lib import Interval, claims, consensus, explain, load_dataset, parameters, sanity
+from harmonize_lib import HarmonizeError, Interval, claims, consensus, explain, load_dataset, parameters, sanity
 from harmonize_lib import reality_checks as checks
 from harmonize_lib.study import Run
 
@@ -50,6 +50,12 @@ def test_every_cell_of_the_weight_table_is_the_similarity_of_two_maps(run):
                 slow = spearmanr(before[i].flatten().numpy(), after[i].flatten().numpy()).statistic
                 assert table[kind, 2, name, "saliency", "spearman", ids[i]] == pytest.approx(slow, abs=1e-5)
     assert (table.xs("edges", level="method") > 0.99999).all()
+
+
+def test_more_stages_than_layers_are_refused(run):
+    many = replace(run, settings=run.settings.model_copy(update={"stages": 20}))
+    with pytest.raises(HarmonizeError, match=r"stages=20: vgg has \d+ layers; take at most that many stages"):
+        checks.weight_table(many, {name: ["saliency"] for name in run.models})
 
 
 def test_without_second_seeds_nothing_is_judged(run):
