@@ -20,8 +20,10 @@ from tqdm import tqdm
 from typer.exceptions import TyperException
 
 from harmonize_lib import paths, plots
+from harmonize_lib.attribution import list_methods
 from harmonize_lib.bam_data import build_bam
 from harmonize_lib.claims import merge_claims, update_readme
+from harmonize_lib.consensus import list_rules
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.models import list_models, load_model, manifest
@@ -196,8 +198,9 @@ def run(
     began = time.time()
     outcomes = _execute(work, _workers(jobs), scheduler, fresh)
     made = [path for path in figures.glob("*/*.json") if path.stat().st_mtime >= began]
-    print(f"{len(made)} figures written to {out or 'figures/'}")
     states = [outcome.state for outcome in outcomes]
+    if set(states) != {"unchanged"}:
+        print(f"{len(made)} figures written to {out or 'figures/'}")
     if "unchanged" in states:
         same = ", ".join(job.name[:2] for job, state in zip(work, states, strict=True) if state == "unchanged")
         print(f"not run again, unchanged since they finished: {same} (--fresh runs them)")
@@ -228,7 +231,7 @@ def sweep(
     The file names the notebook, values that are the same throughout, and lists of values of which every combination is
     run:
 
-    notebook: 03
+    notebook: 04
 
     base: {n_images: 20, models: [resnet-obj, vit-obj]}
 
@@ -271,6 +274,9 @@ def params(notebook: Annotated[str, typer.Argument(help="number, name or path of
     for key, told in schema["properties"].items():
         default, allowed = json.dumps(told["default"]), _range(told, schema.get("$defs", {}))
         print(f"\n{key}: {_kind(told)} = {default}{f'   ({allowed})' if allowed else ''}\n    {told['description']}")
+        for names, known in (("models", list_models), ("methods", list_methods), ("rules", list_rules)):
+            if key == names:
+                print(f"    known: {', '.join(known())}")
 
 
 KINDS = {"string": "text", "integer": "whole number", "number": "number", "object": "mapping"}
@@ -347,6 +353,7 @@ def data(
     dataset = load_dataset(name, split, n)
     counts = torch.bincount(dataset.labels, minlength=len(dataset.classes))
     print(f"{dataset.name}: {len(dataset)} images {tuple(dataset.images.shape[1:])}, {len(dataset.classes)} classes")
+    print(f"classes: {', '.join(dataset.classes[:20])}{', ...' if len(dataset.classes) > 20 else ''}")
     print(f"images per class: {int(counts.min())} to {int(counts.max())}")
     print("masks: " + ("none" if dataset.masks is None else f"cover {dataset.masks.float().mean():.1%} of the image"))
 
@@ -417,9 +424,9 @@ def _time_estimate() -> str:
     recorded = sum(_recorded_seconds(name) for name in todo)
     jobs = _workers(None)
     return (
-        f"time: about {(seconds + recorded) / jobs / 60:.0f} minutes in {jobs} jobs for {len(todo)} of {len(work)} "
+        f"time: at least {(seconds + recorded) / jobs / 60:.0f} minutes in {jobs} jobs for {len(todo)} of {len(work)} "
         f"notebooks: {seconds:.0f} s of one core here for {len(units)} shards of attributions that are missing, and "
-        f"{recorded:.0f} s that the notebooks took beyond that when last committed"
+        f"{recorded:.0f} s that the notebooks took when last committed, with what they had stored"
     )
 
 

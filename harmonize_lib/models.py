@@ -533,6 +533,8 @@ def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:
     if weights is not None:
         _fill(network, _read_weights(Path(weights)), Path(weights))
     names: Any = network.classes
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise HarmonizeError(f"{spec}: classes must be a list of names, as the data have them, not {str(names)[:40]}")
     given = {key: getattr(network, key) for key in ("mean", "std", "input_size") if hasattr(network, key)}
     size = given.get("input_size", (1, 1))
     if not isinstance(size, Sequence) or [type(side) for side in size] != [int, int]:

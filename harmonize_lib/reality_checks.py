@@ -967,7 +967,7 @@ def draw_ledger(ledger: pd.DataFrame, columns: int = 6) -> Figure:
     counted = [f"{verdict} ({(ledger['verdict'] == verdict).sum()})" for verdict in VERDICT_COLORS]
     figure.legend(patches, counted, loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(
-        "The claims, judged by criteria stated beforehand (estimate, 95 % interval)",
+        "The claims and their verdicts (estimate, 95 % interval)",
         fontsize=9,
         fontweight="bold",
         x=0.01,

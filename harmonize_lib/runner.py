@@ -581,13 +581,15 @@ def preflight(settings: Any) -> None:
     Raises
     ------
     HarmonizeError
-        A method, model, data set or device that is not there, or a patch that does not divide the images.
+        A method, model, data set or device that is not there, a model of other classes than the data's, or a patch that
+        does not divide the images.
     """
-    for spec in getattr(settings, "models", []):
-        _model(spec, settings.device)
+    models = [_model(spec, settings.device) for spec in getattr(settings, "models", [])]
     if not hasattr(settings, "dataset"):
         return
     dataset = _dataset(settings.dataset, settings.n_images, settings.seed)
+    for model in models:
+        study.check_classes(model, dataset)
     patch, side = getattr(settings, "patch", 1), dataset.images.shape[-1]
     if side % patch:
         fits = ", ".join(str(k) for k in range(1, side + 1) if side % k == 0)

@@ -94,13 +94,31 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
         raise HarmonizeError(
             f"models name the same network twice, give each once: {', '.join(model.name for model in loaded)}"[:200]
         )
-    for name, model in models.items():
-        if tuple(model.classes) != tuple(dataset.classes):
-            known, asked = (f"{len(names)} ({names[0][:20]}, ...)" for names in (model.classes, dataset.classes))
-            line = f"model {name[:40]!r} knows other classes, {known}, than {dataset.name[:40]} has, {asked}"
-            raise HarmonizeError(f"{line}: take models of the same labels")
+    for model in loaded:
+        check_classes(model, dataset)
     provenance.stamp_outputs(parameters.recorded(settings))
     return Run(notebook, settings, dataset, models, figures / notebook, started)
+
+
+def check_classes(model: Model, dataset: Dataset) -> None:
+    """Refuse a model that names other classes than the data.
+
+    Parameters
+    ----------
+    model : Model
+        The model.
+    dataset : Dataset
+        The data.
+
+    Raises
+    ------
+    HarmonizeError
+        They differ.
+    """
+    if tuple(model.classes) != tuple(dataset.classes):
+        known, asked = (f"{len(names)} ({names[0][:20]}, ...)" for names in (model.classes, dataset.classes))
+        line = f"model {model.name[:40]!r} knows other classes, {known}, than {dataset.name[:40]} has, {asked}"
+        raise HarmonizeError(f"{line}: take models of the same labels")
 
 
 def second_seed(name: str) -> str | None:

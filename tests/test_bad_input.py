@@ -67,6 +67,9 @@ def place(tmp_path, monkeypatch):
         "def unnamed():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))\n"
         "def nothing():\n    return None\n"
         "def oneside():\n    net = unnamed()\n    net.classes, net.input_size = ('a', 'b', 'c'), 64\n    return net\n"
+        "def counted():\n    net = unnamed()\n    net.classes = 3\n    return net\n"
+        "def others():\n    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))\n"
+        "    net.classes = tuple('abcdefghij')\n    return net\n"
     )
     return tmp_path
 
@@ -120,6 +123,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "unknown fill": (given("04", "fill", "gray"), "'mean', 'blur' or 'road'"),
     "unknown model": (given("04", "models", "[resnet-object, vgg-obj]"), "did you mean 'resnet-obj'"),
     "unknown timm model": (given("04", "models", "[timm:resnet999, vgg-obj]"), "unknown timm model"),
+    "other classes than the data's": (
+        given("04", "models", "[python:mine:others, vgg-obj]"),
+        "models of the same labels",
+    ),
     "no such kind of model": (given("04", "models", "[hub:resnet, vgg-obj]"), "'timm:TAG' or 'python:"),
     "one model": (given("04", "models", "[resnet-obj]"), "'models'"),
     "a word for a list": (given("04", "models", "resnet-obj"), "'models'"),
@@ -293,6 +300,7 @@ CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such callable": (lambda place: load_model("python:mine:build"), "python:module:callable"),
     "a callable without a network": (lambda place: load_model("python:mine:nothing"), "torch.nn.Module"),
     "an input size of one number": (lambda place: load_model("python:mine:oneside"), "(height, width)"),
+    "a number of classes": (lambda place: load_model("python:mine:counted"), "list of names"),
     "a network without classes": (lambda place: load_model("python:mine:unnamed"), "'classes'"),
     "a device that is not there": (lambda place: load_model("resnet-obj", device="cuda:99"), "'cuda:99'"),
     "a device that does not exist": (lambda place: load_model("resnet-obj", device="gpu"), "'gpu'"),

@@ -206,7 +206,7 @@ def test_export_writes_pages(here, tmp_path, ran):
 
 def test_data_says_what_it_holds(here):
     code, told, _ = here("data", "--n", "100")
-    assert code == 0 and "10 classes" in told and "images per class: 10 to 10" in told
+    assert code == 0 and "10 classes" in told and "classes: rings disc, stripes" in told and "10 to 10" in told
 
 
 @pytest.mark.parametrize(
