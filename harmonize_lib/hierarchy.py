@@ -283,10 +283,14 @@ def _grow(shape: tuple[int, int], percentile: float, rounds: int) -> Growth:
     return Hierarchy(np.stack(groups), np.array(scores), np.array(levels), tuple(children), entered)
 
 
+MOST_LEAVES = 6
+
+
 def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequence[str]) -> Figure:
     """Trees two by two: first groups at the bottom, merged ones above; a group is outlined, what it leaves out faded.
 
-    A chain of growth shows as its first and its last group. The frame's color and the number below are the score.
+    A chain of growth shows as its first and its last group. Of more than ``MOST_LEAVES`` first groups those that make
+    up less than a tenth of the last group are left out. The frame's color and the number below are the score.
 
     Parameters
     ----------
@@ -324,8 +328,9 @@ def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequenc
             zoom = 27 * size / len(picture)
             ax.add_artist(AnnotationBbox(OffsetImage(picture, zoom=zoom), (x, y), pad=0.12, bboxprops=frame))
             text = f"{tree.scores[node]:+.1f}"
-            beside = {"xytext": (16 * size + 2, 0), "textcoords": "offset points"}
-            ax.annotate(text, (x, y), **beside, fontsize=6, ha="left", va="center")
+            below = {"xytext": (0, -15 * size - 2), "textcoords": "offset points", "ha": "center", "va": "top"}
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            ax.annotate(text, (x, y), **below, fontsize=6, bbox=box)
         ax.set(xlim=(min(-0.6, width / 2 - 2), max(width - 0.4, width / 2 + 1)), xticks=[], yticks=[])
         ax.set_ylim(-0.7, heights[list(axes.flat).index(ax) // 2] - 0.7)
         ax.set_title(title, fontsize=7.5)
@@ -336,20 +341,26 @@ def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequenc
 
 def _shown(tree: Hierarchy) -> dict[int, tuple[int, ...]]:
     """Groups to draw and what hangs below each: seeds, the tops of chains, merged groups."""
-    parent = {child: node for node, below in enumerate(tree.children) for child in below}
-    last = len(tree.groups) - 1
-    drawn = {
-        node
-        for node, below in enumerate(tree.children)
-        if len(below) != 1 or node == last or len(tree.children[parent[node]]) > 1
-    }
+    last, sizes = len(tree.groups) - 1, tree.groups.reshape(len(tree.groups), -1).sum(1)
+    leaves = [node for node, below in enumerate(tree.children) if not below]
+    if len(leaves) > MOST_LEAVES:
+        leaves = [leaf for leaf in leaves if sizes[leaf] >= sizes[last] / 10] or [
+            max(leaves, key=lambda leaf: sizes[leaf])
+        ]
+    kept, children = set(leaves), list(tree.children)
+    for node, below in enumerate(children):  # children come before their parents
+        children[node] = tuple(child for child in below if child in kept)
+        if children[node]:
+            kept.add(node)
+    parent = {child: node for node, below in enumerate(children) for child in below}
+    drawn = {node for node in kept if len(children[node]) != 1 or node == last or len(children[parent[node]]) > 1}
 
     def nearest(node: int) -> int:
         while node not in drawn:
-            (node,) = tree.children[node]
+            (node,) = children[node]
         return node
 
-    return {node: tuple(nearest(child) for child in tree.children[node]) for node in sorted(drawn)}
+    return {node: tuple(nearest(child) for child in children[node]) for node in sorted(drawn)}
 
 
 def _places(links: dict[int, tuple[int, ...]]) -> dict[int, tuple[float, float]]:

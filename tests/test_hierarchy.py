@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harmonize_lib import HarmonizeError
 from harmonize_lib.decomposition import contextual_decomposition
-from harmonize_lib.hierarchy import SCORES, _outlined, _shown, group_scores, hierarchies, hierarchy
+from harmonize_lib.hierarchy import SCORES, Hierarchy, _outlined, _shown, group_scores, hierarchies, hierarchy
 
 Unit = tuple[int, int]
 
@@ -193,3 +193,16 @@ def test_picture_keeps_the_group_and_fades_the_rest() -> None:
 def test_bad_input_is_one_line(options: dict[str, object], says: str) -> None:
     with pytest.raises(HarmonizeError, match=says):
         hierarchy(network(), images()[0], **({"target": 0} | options))  # type: ignore[arg-type]
+
+
+def test_many_small_first_groups_are_left_out_of_the_picture():
+    groups = [np.arange(16).reshape(4, 4) < 6, *(np.arange(16).reshape(4, 4) == 8 + i for i in range(7))]
+    children = [() for _ in groups]
+    for leaf in range(1, 8):
+        before = 0 if leaf == 1 else len(groups) - 1
+        groups.append(groups[before] | groups[leaf])
+        children.append((before, leaf))
+    tree = Hierarchy(np.stack(groups), np.zeros(15), np.zeros(15, int), tuple(children), np.zeros(16, int))
+    assert _shown(tree) == {0: (), 14: (0,)}  # a chain: its first group, and its last
+    few = Hierarchy(np.stack(groups[:8] + groups[8:9]), *[np.zeros(9, int)] * 2, tuple(children[:9]), np.zeros(16, int))
+    assert _shown(few)[8] == (0,)
