@@ -54,6 +54,7 @@ def _below(full: float, part: float) -> Callable[[Interval], str]:
 
 
 SIGN = "reproduced: the 95 % interval lies {side} 0; partly: only the mean does; else not reproduced"
+UNDECIDED = "; undecided, see notebook 07"
 KADIR = "Kadir et al. 2023"
 BAM = "Yang & Kim 2019"
 PROJECT = "this project's question"
@@ -411,14 +412,15 @@ CLAIMS: dict[str, Claim] = {
         BAM,
         "All methods but Grad-CAM and the gradient have over 80 % false positives on input independence "
         "(as citing work reports it)",
-        "false positives 1 − IIR on ReLU CNNs: the best of the other methods, chosen on the other half of the images",
+        "false positives 1 − IIR on ReLU CNNs: the best of the other methods, chosen on the other half of the images"
+        f"{UNDECIDED}",
         "reproduced: lower bound > 0.8; partly: lower bound > 0.5; else not reproduced",
         _above(0.8, 0.5),
     ),
     "bam_rankings": Claim(
         BAM,
         "Rankings of methods vary by metric (as citing work reports it)",
-        "Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order)",
+        f"Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order){UNDECIDED}",
         "reproduced: the 95 % interval lies below 0.7, the threshold of strong agreement; partly: only the estimate; "
         "else not reproduced",
         _mean_below(0.7),
@@ -440,7 +442,7 @@ CLAIMS: dict[str, Claim] = {
     "harmonized_independence": Claim(
         PROJECT,
         "Harmonizing lowers false positives on input independence",
-        "1 − IIR: consensus of the others minus its members, each under the same rule alone",
+        f"1 − IIR: consensus of the others minus its members, each under the same rule alone{UNDECIDED}",
         SIGN.format(side="below"),
         _negative,
     ),
