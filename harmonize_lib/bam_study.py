@@ -23,12 +23,12 @@ from harmonize_lib.consensus import RULES, consensus
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.models import Model, load_model
+from harmonize_lib.parameters import CONTROLS
 from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference, summarize
 from harmonize_lib.storage import remember, sha256_tensors
 from harmonize_lib.study import Run
 from harmonize_lib.tasks import pick
 
-CONTROLS = ("random", "center", "edges")
 METRICS = ("MCS", "IDR", "IIR")
 VARIANTS = {"original": False, "signed": True}
 ALL = 10  # scene classes: the commonality that all others are compared with

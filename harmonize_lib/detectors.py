@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
+from harmonize_lib import parameters
 from harmonize_lib.data import Dataset
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.faithfulness import area, deletion, insertion, road
@@ -23,7 +24,7 @@ from harmonize_lib.models import Model
 from harmonize_lib.statistics import Interval, holm, paired_difference
 from harmonize_lib.storage import remember, sha256_tensors
 
-CONTROLS = ("random", "center", "edges")
+CONTROLS = parameters.CONTROLS
 LOCALIZATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relevance_mass": relevance_mass,
     "relevance_rank": relevance_rank,

@@ -22,12 +22,12 @@ from harmonize_lib.consensus import consensus
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import Model, list_models, load_model, manifest
+from harmonize_lib.parameters import CONTROLS
 from harmonize_lib.statistics import Interval, bootstrap_interval, holm, paired_difference, summarize
 from harmonize_lib.study import Run
 
 HARMONIZED, SINGLE = "harmonized", "single models"
 CASCADING, INDEPENDENT, SECOND_SEED, RANDOM_LABELS = "cascading", "independent", "second seed", "random labels"
-CONTROLS = ("random", "center", "edges")
 MEMORIZED = 0.95  # share of the training images with random labels
 VERDICT_COLORS = {REPRODUCED: "#9fd8b8", PARTLY: "#fbe3a1", NOT: "#f4b393", UNTESTABLE: "#dddddd"}
 

@@ -484,7 +484,7 @@ def controls(run: Run) -> dict[tuple[str, str], Tensor]:
     model, options = next(iter(run.models.values())), getattr(run.settings, "options", {})
     maps = {
         (name, "control"): attributions(model, run.dataset, name, run.settings.seed, **options.get(name, {}))["maps"]
-        for name in ("random", "center", "edges")
+        for name in parameters.CONTROLS
     }
     if run.dataset.masks is not None:
         maps["object_mask", "control"] = run.dataset.masks.float()
