@@ -413,10 +413,13 @@ def draw_landscape(places: pd.DataFrame) -> Figure:
         The figure.
     """
     figure, ax = plt.subplots(figsize=(4.6, 3.6))
-    sns.scatterplot(places, x="x", y="y", hue="family", style="family", s=70, ax=ax)
+    shown = places.assign(family=places["family"].map(plots.label))
+    sns.scatterplot(shown, x="x", y="y", hue="family", style="family", s=70, ax=ax)
+    middle = places["x"].mean()
     for rank, row in enumerate(places.sort_values("y").itertuples()):
-        shift = {"xytext": (6, 4)} if rank % 2 else {"xytext": (-6, -10), "ha": "right"}
-        ax.annotate(plots.label(row.model), (row.x, row.y), textcoords="offset points", fontsize=8, **shift)
+        side = 1 if row.x > middle else -1
+        place, align = (6 * side, 4 if rank % 2 else -10), "left" if side > 0 else "right"
+        ax.annotate(plots.label(row.model), (row.x, row.y), place, textcoords="offset points", fontsize=8, ha=align)
     ax.set(title="Models whose features others recognize alike", xlabel="first axis", ylabel="second axis")
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.2)

@@ -178,11 +178,11 @@ class _SoftmaxSlope(torch.autograd.Function):
 
 
 class _Gelu(torch.autograd.Function):
-    """x Phi(x), of the normal distribution; gelu'(x) is computed once."""
+    """x Phi(x), of the normal distribution."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x, torch.ops.aten.gelu_backward(x.new_ones(()).expand_as(x), x))
+        ctx.save_for_backward(x)
         return F.gelu(x)
 
     @staticmethod
@@ -194,17 +194,18 @@ class _GeluSlope(torch.autograd.Function):
     """Slope times gelu'(x); gelu''(x) = (2 - x^2) phi(x)."""
 
     @staticmethod
-    def forward(ctx: Any, slope: Tensor, x: Tensor, derivative: Tensor) -> Tensor:
-        ctx.save_for_backward(slope, x, derivative)
-        return slope * derivative
+    def forward(ctx: Any, slope: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(slope, x)
+        return torch.ops.aten.gelu_backward(slope, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, change: Tensor) -> Any:
-        slope, x, derivative = ctx.saved_tensors
+        slope, x = ctx.saved_tensors
         square = x * x
         density = torch.add(x.new_tensor(-0.5 * math.log(2 * math.pi)), square, alpha=-0.5).exp_()
-        return change * derivative, density.mul_(torch.rsub(square, 2)).mul_(slope).mul_(change), None
+        curvature = density.mul_(torch.rsub(square, 2))
+        return torch.ops.aten.gelu_backward(change, x), curvature.mul_(slope).mul_(change)
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -30,7 +30,7 @@ from harmonize_lib.gradients import quadrature
 from harmonize_lib.keep_remove import ATTRIBUTIONS, DATASETS, METRICS, REPORTED, benchmark
 from harmonize_lib.models import Model
 from harmonize_lib.priors import expected_gradients_penalty, pixel_prior, training_attributions
-from harmonize_lib.statistics import Interval, bootstrap_interval, t_interval
+from harmonize_lib.statistics import Interval, bootstrap_interval, summarize, t_interval
 from harmonize_lib.storage import remember, sha256_tensors
 from harmonize_lib.tabular_priors import Perceptrons
 
@@ -172,8 +172,8 @@ def _slope(k: Sequence[int], mean_square: np.ndarray) -> float:
     return float(np.polyfit(np.log(np.asarray(k, float)), 0.5 * np.log(mean_square), 1)[0])
 
 
-def draw_completeness(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
-    """Gap over number of references, log-log, with the slope -1/2.
+def draw_completeness(table: pd.DataFrame, fits: pd.DataFrame, seed: int) -> Figure:
+    """Gap over number of references, log-log, with 95 % intervals over images and the slope -1/2.
 
     Parameters
     ----------
@@ -181,26 +181,36 @@ def draw_completeness(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         From :func:`completeness`.
     fits : pd.DataFrame
         From :func:`slopes`.
+    seed : int
+        Seed of the bootstrap.
 
     Returns
     -------
     Figure
         The figure.
     """
-    figure, ax = plt.subplots(figsize=(5.4, 3.4))
-    square = table.assign(gap=table["gap"] ** 2).groupby(["estimator", "model", "references"])["gap"]
-    rms = square.mean().pow(0.5)
+    figure, ax = plt.subplots(figsize=(5.4, 3.6))
+    squares = summarize(table.assign(gap=table["gap"] ** 2), ["estimator", "model", "references"], "gap", seed)
+    rms = squares.set_index(["estimator", "model", "references"])[["mean", "low", "high"]].pow(0.5)
     slope = fits.set_index("model")["mean"]
     names = list(dict.fromkeys(table["model"]))
     for name, color in zip(names, sns.color_palette("colorblind", len(names)), strict=True):
-        drawn, even = rms["independent draws", name], rms["stratified", name]
-        text = f"{plots.label(name)}, slope {slope[name]:.2f}"
-        ax.plot(drawn.index, drawn, "o-", color=color, ms=4, lw=1.2, label=text)
-        ax.plot(even.index, even, "x:", color=color, ms=4, lw=1.2)
-    ends = np.array([drawn.index.min(), drawn.index.max()])
-    ax.plot(ends, 1.6 * rms["independent draws"].max() * ends**-0.5, color="0.35", ls="--", lw=1, label="slope −1/2")
+        text = f"{plots.label(name)}, slope {slope[name]:.2f}".replace("-", "−")
+        for estimator, form, label in (("independent draws", "o-", text), ("stratified", "x:", None)):
+            part = rms.loc[estimator, name]
+            error = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
+            ax.errorbar(part.index, part["mean"], error, fmt=form, color=color, ms=4, lw=1.2, label=label)
+    drawn = rms.loc["independent draws"]
+    counts = drawn.index.unique("references").to_numpy()
+    ax.plot(counts, 1.6 * drawn["mean"].max() * counts**-0.5, color="0.35", ls="--", lw=1, label="slope −1/2")
     ax.plot([], [], "x:", color="0.35", ms=4, lw=1.2, label="stratified draws (explain)")
     ax.set(xscale="log", yscale="log", xlabel="references drawn", ylabel="completeness gap, RMS in logits")
+    ax.set_xticks(counts, [str(count) for count in counts])
+    ax.set_xticks([], minor=True)
+    low, high = drawn["low"].min() / 2, 2 * drawn["high"].max()
+    ticks = [value for value in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low < value < high]
+    ax.set_yticks(ticks, [f"{value:g}" for value in ticks])
+    ax.set_yticks([], minor=True)
     ax.set_title("Completeness gap over the number of draws")
     ax.legend(fontsize=6.5)
     return figure

@@ -65,6 +65,9 @@ REPORTED = pd.DataFrame(
 )
 
 
+COSTS = "operations per step, millions", "processor time per step, ms"
+
+
 def shown(arm: str) -> str:
     """An arm as a reader should see it.
 
@@ -544,6 +547,31 @@ def select(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def at_the_end(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
+    """Name the chosen strengths beyond which none was tried.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From :func:`grid`.
+    chosen : pd.DataFrame
+        From :func:`select`.
+
+    Returns
+    -------
+    str
+        A sentence.
+    """
+    tried = table[table["arm"] != "none"].groupby("arm")["strength"].agg(["min", "max"])
+    picked = chosen[chosen["arm"] != "none"].drop_duplicates(["task", "arm", "protocol"])
+    ends = [
+        f"{row.task}, {shown(row.arm)}, {row.protocol} (λ = {row.strength:g})"
+        for row in picked.itertuples()
+        if row.strength in tuple(tried.loc[row.arm])
+    ]
+    return f"chosen at an end of the strengths tried: {'; '.join(ends) or 'none'}"
+
+
 def selected_accuracy(chosen: pd.DataFrame) -> pd.DataFrame:
     """Accuracy under the shift at the chosen strengths.
 
@@ -829,27 +857,37 @@ def draw_maps(
     return figure, pd.DataFrame(facts, columns=["task", "arm", "strength", "image", "label", "predicted"])
 
 
-def draw_cost(table: pd.DataFrame, seed: int) -> tuple[Figure, pd.DataFrame]:
-    """Processor time of a training step, by penalty, and each penalty's share of attribution in the corners.
+def draw_cost(
+    table: pd.DataFrame, tasks: dict[str, list[Shortcut]], batch_size: int, seed: int
+) -> tuple[Figure, pd.DataFrame]:
+    """Operations and processor time of a training step, by penalty.
 
     Parameters
     ----------
     table : pd.DataFrame
         From :func:`grid`.
+    tasks : dict[str, list[Shortcut]]
+        From :func:`grid`.
+    batch_size : int
+        Images of a training step.
     seed : int
         Seed of the bootstrap over networks.
 
     Returns
     -------
     tuple[Figure, pd.DataFrame]
-        The figure and its numbers, in milliseconds per step.
+        The figure and its numbers, in millions of operations and in milliseconds per step.
     """
     rows = []
     for (task, arm), part in table.groupby(["task", "arm"], sort=False):
-        rows.append((task, arm, *bootstrap_interval(1000 * part["seconds"].to_numpy(), seed)[:4]))
-    cost = pd.DataFrame(rows, columns=["task", "arm", "mean", "low", "high", "n"])
-    figure, ax = plt.subplots(figsize=(5.2, 2.4))
-    plots.forest(ax, cost, "arm", "What a training step costs", "processor time per step in ms", "task")
-    ax.legend(title="digits", loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set_yticks(range(len(ARMS)), [shown(name) for name in ARMS])
+        count = operations(tasks[task][0], arm, batch_size) / 1e6
+        rows.append((COSTS[0], task, arm, count, count, count, 1))
+        rows.append((COSTS[1], task, arm, *bootstrap_interval(1000 * part["seconds"].to_numpy(), seed)[:4]))
+    cost = pd.DataFrame(rows, columns=["measure", "task", "arm", "mean", "low", "high", "n"])
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.7), sharey=True)
+    for ax, measure, title in zip(axes, COSTS, ("Counted", "Timed"), strict=True):
+        part = cost[cost["measure"] == measure]
+        plots.forest(ax, part, "arm", f"{title}: one training step", measure, "task")
+    axes[0].set_yticks(range(len(ARMS)), [shown(name) for name in ARMS])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, title="digits")
     return figure, cost

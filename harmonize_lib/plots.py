@@ -415,6 +415,21 @@ def curves(
     ax.set(title=title, xlabel=x)
 
 
+def share_axis(ax: Axes, fractions: Sequence[float]) -> None:
+    """Make the horizontal axis one of shares of patches kept: logarithmic, a tick in percent at each.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where.
+    fractions : Sequence[float]
+        Shares in (0, 1] that were measured.
+    """
+    ax.set(xscale="log", xlabel="share k of patches kept (%)")
+    ax.set_xticks(fractions, [f"{100 * k:g}" for k in fractions])
+    ax.set_xticks([], minor=True)
+
+
 def forest(ax: Axes, table: pd.DataFrame, y: str, title: str, xlabel: str, hue: str | None = None) -> None:
     """Estimates with their intervals, one line per row, and a line at zero.
 

@@ -423,7 +423,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     for measure in ("r2", "compression", "similarity"):
         for group, part in table.groupby(["wavelet", "arm"], sort=False):
             if part[measure].notna().any():
-                rows.append((measure, *group, *t_interval(part[measure].dropna())[:4]))
+                interval = _cosine_interval if measure == "similarity" else t_interval
+                rows.append((measure, *group, *interval(part[measure].dropna())[:4]))
     return pd.DataFrame(rows, columns=["measure", "wavelet", "arm", "mean", "low", "high", "n"])
 
 
@@ -451,7 +452,7 @@ def measured_claims(recovered: pd.DataFrame, table: pd.DataFrame) -> dict[str, I
 
     return {
         "trim_recovery": Interval(worst["mean"], worst["low"], worst["high"], int(worst["n"])),
-        "awd_recovery": t_interval(by_arm["AWD"]["similarity"]),
+        "awd_recovery": _cosine_interval(by_arm["AWD"]["similarity"]),
         "awd_over_db5": difference("r2", "AWD", "db5"),
         "awd_over_teacher": difference("r2", "AWD", "teacher"),
         "awd_interpretation": difference("r2", "AWD", "without interpretation loss"),
@@ -630,6 +631,7 @@ def draw_history(history: pd.DataFrame) -> Figure:
             ax.plot(part["step"], part["value"], color=colors[arm], lw=1, label=arm if first else None)
         ax.set_title(term.capitalize(), fontsize=8)
         ax.set(xlabel="step", yscale="log" if term in HISTORY[:2] else "linear")
+    axes[0].set_ylabel("term of the loss, unweighted")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -649,6 +651,12 @@ def _teach(teacher: nn.Module, x: Tensor, y: Tensor, n: int, seed: int) -> tuple
     at = x[:, :n].transpose(0, 1).clone().requires_grad_()
     (slope,) = torch.autograd.grad(teacher(at).sum(), at)
     return slope.transpose(0, 1), teacher(x.transpose(0, 1)).T
+
+
+def _cosine_interval(values: pd.Series) -> Interval:
+    """Student's interval, cut at 1, which no cosine exceeds."""
+    found = t_interval(values)
+    return found._replace(high=min(found.high, 1.0))
 
 
 def _r2(predicted: Tensor, y: Tensor) -> float:
