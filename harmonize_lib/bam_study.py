@@ -33,6 +33,7 @@ METRICS = ("MCS", "IDR", "IIR")
 VARIANTS = {"original": False, "signed": True}
 ALL = 10  # scene classes: the commonality that all others are compared with
 DROPS = {"drop": "accuracy drop", "logit_drop": "logit drop"}
+RELU = "ReLU CNNs"  # the group of models that BAM's findings are judged by
 PATCH_VERSION = 1
 ORIGINAL_METHODS = (  # those of BAM's own list that are defined here
     "saliency",
@@ -342,8 +343,9 @@ def counts(run: Run, bench: Bench, table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pd.DataFrame
-        Columns ``model``, ``images``, ``MCS``, ``IDR``, ``IIR`` (images correct in both, for IIR with an accepted
-        patch), ``patches_refused``, ``undefined`` (values lost to maps without scale, over metrics and methods).
+        Columns ``model``, ``methods`` (that gave values there, controls apart), ``images``, ``MCS``, ``IDR``, ``IIR``
+        (images correct in both, for IIR with an accepted patch), ``patches_refused``, ``undefined`` (values lost to
+        maps without scale, over metrics and methods).
     """
     rows = []
     for i, name in enumerate(run.models):
@@ -352,14 +354,39 @@ def counts(run: Run, bench: Bench, table: pd.DataFrame) -> pd.DataFrame:
         possible = sum(counted[m] * part.loc[part["metric"] == m, "method"].nunique() for m in METRICS)
         undefined = possible - int(part["value"].notna().sum())
         refused = int((~bench.patch.accepted[i]).sum())
-        rows.append(
-            {"model": name, "images": len(run.dataset)} | counted | {"patches_refused": refused, "undefined": undefined}
-        )
+        row = {"model": name, "methods": len(_given(table, name, run.settings.methods)), "images": len(run.dataset)}
+        rows.append(row | counted | {"patches_refused": refused, "undefined": undefined})
     return pd.DataFrame(rows)
+
+
+def _given(table: pd.DataFrame, model: str, methods: Sequence[str]) -> list[str]:
+    """Those of the methods that gave a value on the model."""
+    there = set(table.loc[(table["model"] == model) & table["value"].notna(), "method"])
+    return [method for method in methods if method in there]
 
 
 def original_models(run: Run, table: pd.DataFrame) -> list[str]:
     """Models for which all of BAM's own methods are defined (CNNs with ReLU), by which its findings are judged.
+
+    Parameters
+    ----------
+    run : Run
+        Gives methods.
+    table : pd.DataFrame
+        From :func:`scores` or :func:`relative_scores`.
+
+    Returns
+    -------
+    list[str]
+        Names, as the table has them; may be none.
+    """
+    wanted = {method for method in ORIGINAL_METHODS if method in run.settings.methods}
+    there = table.groupby("model", sort=False)["method"].unique()
+    return [name for name, methods in there.items() if wanted <= set(methods)]
+
+
+def groups(run: Run, table: pd.DataFrame) -> dict[str, tuple[list[str], list[str]]]:
+    """Groups of models, each with the methods that are defined on all of its models and so can be compared.
 
     Parameters
     ----------
@@ -370,12 +397,14 @@ def original_models(run: Run, table: pd.DataFrame) -> list[str]:
 
     Returns
     -------
-    list[str]
-        Names; may be none.
+    dict[str, tuple[list[str], list[str]]]
+        Group to (models, methods); a group may be empty.
     """
-    wanted = {method for method in ORIGINAL_METHODS if method in run.settings.methods}
-    there = table.groupby("model")["method"].unique()
-    return [name for name in run.models if wanted <= set(there[name])]
+    found = {}
+    for label, names in ((RELU, original_models(run, table)), ("all models", list(run.models))):
+        seen = table[table["model"].isin(names)].groupby("method")["model"].nunique()
+        found[label] = names, [m for m in run.settings.methods if seen.get(m, 0) == len(names) > 0]
+    return found
 
 
 def ranked(run: Run, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Interval]]:
@@ -396,12 +425,10 @@ def ranked(run: Run, table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Inter
         images that count everywhere, are left out.
     """
     parts, agreement = [], {}
-    for label, names in (("ReLU CNNs", original_models(run, table)), ("all models", list(run.models))):
-        part = table[table["model"].isin(names) & table["method"].isin(run.settings.methods)]
-        seen = part.groupby("method", sort=False)["model"].nunique()
-        methods = [method for method in run.settings.methods if seen.get(method, 0) == len(names) > 0]
+    for label, (names, methods) in groups(run, table).items():
+        part = table[table["model"].isin(names) & table["method"].isin(methods)]
         for variant in VARIANTS:
-            chosen = part[(part["variant"] == variant) & part["method"].isin(methods)]
+            chosen = part[part["variant"] == variant]
             w = detectors.concordance(chosen, "metric", methods, run.settings.seed)
             if not np.isnan(w.mean):
                 ranks = detectors.rank_table(chosen, "metric", methods, run.settings.seed)
@@ -547,12 +574,14 @@ def harmonized_relative(run: Run, relative: Relative) -> pd.DataFrame:
     -------
     pd.DataFrame
         Columns ``metric`` (RMCS), ``variant``, ``rule``, ``k``, ``method``, ``image``, ``consensus``, ``members``;
-        empty for fewer than two architectures. Nobody is held out: all of them are members.
+        empty for fewer than two architectures. Nobody is held out: all of them are members. Of two members the
+        median is the mean, and has no rows of its own.
     """
     settings, names, parts = run.settings, run.settings.relative_models, []
     ks = (*settings.commonalities, ALL)
     methods = [m for m in settings.harmonized_methods if all((name, ALL, m) in relative.maps for name in names)]
-    for rule in settings.rules if len(names) > 1 else ():
+    twice = {"median"} if len(names) == 2 and "mean" in settings.rules else set()
+    for rule in [r for r in settings.rules if r not in twice] if len(names) > 1 else ():
         for method in methods:
             alone, together = {}, {}
             for k in ks:
@@ -586,12 +615,16 @@ def relative_correlation(run: Run, relative: pd.DataFrame) -> pd.DataFrame:
     -------
     pd.DataFrame
         Columns ``against`` (``"drop"`` of accuracy, as BAM has it, ``"logit_drop"``, which does not saturate),
-        ``variant``, ``model`` (``"mean"``: of the models' correlations), ``method``, ``mean``, ``low``, ``high``,
-        ``n``.
+        ``variant``, ``model`` (``"ReLU CNNs"``: mean of the correlations of :func:`original_models`), ``method``,
+        ``mean``, ``low``, ``high``, ``n``.
+
+    Notes
+    -----
+    The interval resamples images. It does not cover that there are few commonalities.
     """
-    rows = []
-    groups = relative[~relative["method"].isin(CONTROLS)].groupby(["variant", "method"], sort=False)
-    for (variant, method), part in groups:
+    rows, judged = [], original_models(run, relative)
+    cells = relative[~relative["method"].isin(CONTROLS)].groupby(["variant", "method"], sort=False)
+    for (variant, method), part in cells:
         models = list(dict.fromkeys(part["model"]))
         wide = {
             name: np.stack(
@@ -602,9 +635,11 @@ def relative_correlation(run: Run, relative: pd.DataFrame) -> pd.DataFrame:
             )
             for name in ("value", *DROPS)
         }
+        places = {model: [i] for i, model in enumerate(models)}
+        if cnns := [places[model][0] for model in models if model in judged]:
+            places[RELU] = cnns
         for against in DROPS:
-            for i, model in enumerate([*models, "mean"]):
-                chosen = slice(None) if model == "mean" else slice(i, i + 1)
+            for model, chosen in places.items():
                 found = bam.contrast_correlation(wide["value"][chosen], wide[against][chosen], run.settings.seed)
                 rows.append((against, variant, model, method, *found[:4]))
     return pd.DataFrame(rows, columns=["against", "variant", "model", "method", "mean", "low", "high", "n"])
@@ -741,7 +776,7 @@ def compare_harmonized(run: Run, table: pd.DataFrame, by: Sequence[str] = ()) ->
 
 
 def _by_image(table: pd.DataFrame, metric: str, models: Sequence[str]) -> pd.DataFrame:
-    """Original values, images x methods, mean over models."""
+    """Original values, images x methods, mean over the models on which the image counts."""
     part = table[(table["metric"] == metric) & (table["variant"] == "original") & table["model"].isin(models)]
     return part.pivot_table(index="image", columns="method", values="value", aggfunc="mean", sort=False)
 
@@ -815,11 +850,9 @@ def measured(
         least = {metric: 1 - best_other(wide[metric], others) for metric in ("IDR", "IIR")}
         found["bam_dependence"] = paired_difference(1 - wide["IDR"][first].mean(1), least["IDR"], seed)
         found["bam_independence"] = bootstrap_interval(least["IIR"], seed)
-    found["bam_rankings"] = agreement.get("ReLU CNNs, original", nothing)
+    found["bam_rankings"] = agreement.get(f"{RELU}, original", nothing)
     row = correlation[
-        (correlation["variant"] == "original")
-        & (correlation["model"] == "mean")
-        & (correlation["method"] == "grad_cam")
+        (correlation["variant"] == "original") & (correlation["model"] == RELU) & (correlation["method"] == "grad_cam")
     ]
     found["bam_relative"] = Interval(*row.iloc[0][["mean", "low", "high", "n"]]) if len(row) else nothing
     judged = harmonized[(harmonized["rule"] == run.settings.rule) & (harmonized["variant"] == "original")]
@@ -892,8 +925,12 @@ def facts(run: Run, bench: Bench, table: pd.DataFrame, relative: pd.DataFrame) -
         for metric in METRICS
     }
     accepted = bench.patch.change[bench.patch.accepted]
+    methods = {name: len(_given(table, name, run.settings.methods)) for name in run.models}
     return {
-        "at least 12 methods and 3 controls": table["method"].nunique() >= 15,
+        "at least 9 methods on every architecture": min(methods.values()) >= 9,
+        "at least 12 methods on every ReLU CNN": min((methods[name] for name in original_models(run, table)), default=0)
+        >= 12,
+        "3 controls on every architecture": all(len(_given(table, name, CONTROLS)) == 3 for name in run.models),
         "at least 6 architectures": len({model.architecture for model in run.models.values()}) >= 6,
         "RMCS at 5 commonalities or more": relative["k"].nunique() >= 5,
         "every accepted patch changes the logits by no more than the bound": bool(
@@ -978,6 +1015,9 @@ def draw_patches(run: Run, table: pd.DataFrame) -> Figure:
 def draw_metrics(run: Run, table: pd.DataFrame, variant: str) -> tuple[Figure, pd.DataFrame]:
     """The three metrics of every method, mean over models, single models and controls beside it.
 
+    Methods that are not defined on all models come last, below a line, and say on how many they are: their means are
+    over other models than those above.
+
     Parameters
     ----------
     run : Run
@@ -990,17 +1030,32 @@ def draw_metrics(run: Run, table: pd.DataFrame, variant: str) -> tuple[Figure, p
     Returns
     -------
     tuple[Figure, pd.DataFrame]
-        The figure and its numbers, single models included (``model`` is ``"mean"`` for the mean over models).
+        The figure and its numbers, single models included (``model`` is ``"mean"`` for the mean over the models on
+        which an image counts, ``models`` their number).
     """
     part, seed = table[table["variant"] == variant], run.settings.seed
     means = summarize(part, ["metric", "method"], "value", seed)
     single = summarize(part, ["metric", "method", "model"], "value", seed)
-    shown = [method for method in run.settings.methods if method in set(means["method"])]
-    top = means[(means["metric"] == "MCS") & means["method"].isin(shown)].sort_values("mean", ascending=False)
-    figure, axes = plt.subplots(1, 3, figsize=(7.4, 3.6))
+    means["models"] = means["method"].map(single.groupby("method")["model"].nunique())
+    top = means[(means["metric"] == "MCS") & means["method"].isin(run.settings.methods)].assign(
+        everywhere=lambda rows: rows["models"] == len(run.models)
+    )
+    top = top.sort_values(["everywhere", "mean"], ascending=False)
+    figure, axes = plt.subplots(1, 3, figsize=(7.4, 3.8))
     plots.small_forests(axes, means, single, "metric", "method", METRICS, list(top["method"]), CONTROLS)
+    names = [
+        plots.label(row.method) + ("" if row.everywhere else f" ({row.models} of {len(run.models)})")
+        for row in top.itertuples()
+    ]
+    axes[0].set_yticklabels(names)
     for ax, unit in zip(axes, ("difference of attribution", "share of images", "share of images"), strict=True):
         ax.set_xlabel(unit, fontsize=7)
+    note = f"images of IIR: {_images(part, 'IIR')}"
+    if not top["everywhere"].all():
+        for ax in axes:
+            ax.axhline(top["everywhere"].sum() - 0.5, color="0.2", lw=1)
+        note = f"below the line: not on all {len(run.models)} models, so not comparable with the rows above\n{note}"
+    figure.supxlabel(note, fontsize=7)
     axes[0].figure.suptitle(
         f"BAM's metrics ({variant}), higher is better",
         fontsize=9,
@@ -1011,8 +1066,14 @@ def draw_metrics(run: Run, table: pd.DataFrame, variant: str) -> tuple[Figure, p
     return figure, pd.concat([means.assign(model="mean"), single], ignore_index=True)
 
 
+def _images(table: pd.DataFrame, metric: str, column: str = "model", value: str = "value") -> str:
+    """On how many images each model's values rest, in words."""
+    counted = table[(table["metric"] == metric) & table[value].notna()].groupby(column)["image"].nunique()
+    return ", ".join(f"{plots.label(name)} {counted.get(name, 0)}" for name in dict.fromkeys(table[column]))
+
+
 def draw_models(run: Run, table: pd.DataFrame, variant: str = "original") -> tuple[Figure, pd.DataFrame]:
-    """The three metrics of every method on every model.
+    """The three metrics of every method on every model, with the number of images beside the model.
 
     Parameters
     ----------
@@ -1036,7 +1097,10 @@ def draw_models(run: Run, table: pd.DataFrame, variant: str = "original") -> tup
     limit = float(cells.loc[cells["metric"] == "MCS", "mean"].abs().max())
     looks = {"MCS": ((-limit, limit), "RdBu"), "IDR": ((0, 1), "viridis"), "IIR": ((0, 1), "viridis")}
     for ax, (metric, (limits, colors)) in zip(axes, looks.items(), strict=True):
-        plots.matrix(ax, cells[cells["metric"] == metric], "method", "model", "mean", metric, limits, colors)
+        chosen = cells[cells["metric"] == metric]
+        plots.matrix(ax, chosen, "method", "model", "mean", metric, limits, colors)
+        counted = chosen.groupby("model", observed=True)["n"].max()
+        ax.set_xticklabels([f"{plots.label(str(name))} ({n})" for name, n in counted.items()])
         ax.set(xlabel="", ylabel="")
         ax.set_facecolor("0.88")
         ax.grid(visible=False)
@@ -1062,15 +1126,15 @@ def draw_ranks(ranks: pd.DataFrame, agreement: Mapping[str, Interval], variant: 
         One panel per group of models.
     """
     part = ranks[ranks["variant"] == variant]
-    groups = list(dict.fromkeys(part["models"]))
-    figure, axes = plt.subplots(1, len(groups), figsize=(7.2, 3.8), squeeze=False)
-    for ax, name in zip(axes[0], groups, strict=True):
+    names = list(dict.fromkeys(part["models"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(7.2, 3.8), squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
         w = agreement[f"{name}, {variant}"]
         title = f"{name}: W = {w.mean:.2f} [{w.low:.2f}, {w.high:.2f}]"
         cells = part[part["models"] == name]
         order = cells.groupby("method")["rank"].mean().sort_values().index
         orders = {"method": list(order), "metric": list(METRICS)}
-        cells = cells.astype({name: pd.CategoricalDtype(some, ordered=True) for name, some in orders.items()})
+        cells = cells.astype({key: pd.CategoricalDtype(some, ordered=True) for key, some in orders.items()})
         plots.tiles(ax, cells.sort_values([*orders]), "method", "metric", "rank", title, cmap="viridis_r")
         ax.set_xticks(ax.get_xticks(), METRICS, rotation=0, ha="center")
         ax.set_title(title, fontsize=8)
@@ -1108,7 +1172,7 @@ def draw_relative(run: Run, relative: pd.DataFrame) -> tuple[Figure, pd.DataFram
     )
     for column, name in zip(axes.T, names, strict=True):
         chosen = lines[(lines["model"] == name) & lines["method"].isin([*shown, "random"])]
-        plots.curves(column[0], chosen, "k", "method", plots.label(name.partition("-")[0]), ["random"], shown)
+        plots.curves(column[0], chosen, "k", "method", pool_in_words([name]), ["random"], shown)
         for ax, line in zip(column[1:], DROPS.values(), strict=True):
             cells = drops[(drops["model"] == name) & (drops["line"] == line)]
             plots.curves(ax, cells, "k", "method", "", [line])
@@ -1122,6 +1186,22 @@ def draw_relative(run: Run, relative: pd.DataFrame) -> tuple[Figure, pd.DataFram
     entries = {name: line for ax in axes[0] for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[0, -1].legend(entries.values(), entries, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, pd.concat([lines, drops], ignore_index=True)
+
+
+def pool_in_words(templates: Sequence[str]) -> str:
+    """Architectures of models of all commonalities.
+
+    Parameters
+    ----------
+    templates : Sequence[str]
+        As the parameter ``relative_models`` has them.
+
+    Returns
+    -------
+    str
+        E.g. ``"ResNet and Swin"``.
+    """
+    return " and ".join(plots.label(name.partition("-")[0]) for name in templates)
 
 
 def draw_harmonized(table: pd.DataFrame, y: str, title: str, hue: str | None = None) -> Figure:
@@ -1144,14 +1224,17 @@ def draw_harmonized(table: pd.DataFrame, y: str, title: str, hue: str | None = N
         The figure.
     """
     metrics = list(dict.fromkeys(table["metric"]))
-    figure, axes = plt.subplots(1, len(metrics), figsize=(7.4, 1.3 + 0.24 * table[y].nunique()), sharey=True)
-    for ax, metric in zip(axes, metrics, strict=True):
-        plots.forest(ax, table[table["metric"] == metric], y, "", "", hue)
-        ax.set_title(metric, fontsize=8)
+    size = (max(4.8, 1.4 + 2 * len(metrics)), 1.3 + 0.24 * table[y].nunique())
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        part = table[table["metric"] == metric]
+        plots.forest(ax, part, y, "", "", hue)
+        n = "–".join(str(count) for count in sorted({part["n"].min(), part["n"].max()}))
+        ax.set_title(f"{metric} (n = {n})", fontsize=8)
         ax.locator_params(axis="x", nbins=4)
         ax.tick_params(axis="x", labelsize=7)
     if hue:
-        lines, texts = axes[0].get_legend_handles_labels()
+        lines, texts = axes[0, 0].get_legend_handles_labels()
         figure.legend(lines, texts, loc="outside right upper", fontsize=7)
     figure.supxlabel("consensus − members (95 % interval)", fontsize=8)
     figure.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
@@ -1203,11 +1286,10 @@ def draw_correlation(run: Run, correlation: pd.DataFrame) -> tuple[Figure, pd.Da
     Returns
     -------
     tuple[Figure, pd.DataFrame]
-        The figure (original variant) and its numbers (both).
+        The figure (original variant, single models) and its numbers (all).
     """
-    part = correlation[correlation["variant"] == "original"]
-    names = {m: "mean of models" if m == "mean" else plots.label(m.partition("-")[0]) for m in part["model"]}
-    part = part.assign(model=part["model"].map(names))
+    part = correlation[(correlation["variant"] == "original") & (correlation["model"] != RELU)]
+    part = part.assign(model=[pool_in_words([name]) for name in part["model"]])
     count = part["method"].nunique()
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 1 + 0.26 * count), sharey=True)
     for ax, (against, line) in zip(axes, DROPS.items(), strict=True):
@@ -1225,21 +1307,73 @@ def findings(
     run: Run,
     table: pd.DataFrame,
     agreement: Mapping[str, Interval],
+    harmonized: pd.DataFrame,
     by_rule: pd.DataFrame,
-    correlation: pd.DataFrame,
 ) -> str:
-    """Say what the tables show, beyond the ledger.
+    """Say what the tables of single and harmonized maps show, beyond the ledger.
 
     Parameters
     ----------
     run : Run
-        Gives seed and methods.
+        Gives seed, models and methods.
     table : pd.DataFrame
         From :func:`scores`.
     agreement : Mapping[str, Interval]
         From :func:`ranked`.
+    harmonized : pd.DataFrame
+        From :func:`harmonized_scores`.
     by_rule : pd.DataFrame
         From :func:`compare_harmonized`.
+
+    Returns
+    -------
+    str
+        Markdown, one line per finding. Extremes are taken over methods that are defined on all models of a group.
+    """
+    given = {name: _given(table, name, run.settings.methods) for name in run.models}
+    lines = [f"- Methods by model: {', '.join(f'{plots.label(name)} {len(some)}' for name, some in given.items())}."]
+    for method in run.settings.methods:
+        where = [plots.label(name) for name, some in given.items() if method in some]
+        if len(where) < len(given):
+            lines.append(f"- {plots.label(method)}: on {len(where)} of {len(given)} models ({', '.join(where)}).")
+    grouped = groups(run, table)
+    for variant in VARIANTS:
+        for group, (names, methods) in grouped.items():
+            part = table[(table["variant"] == variant) & table["model"].isin(names) & table["method"].isin(methods)]
+            means = summarize(part, ["metric", "method"], "value", run.settings.seed)
+            for metric in METRICS:
+                cells = means[means["metric"] == metric].dropna(subset="mean")
+                told = f"- {metric} ({group}, {variant}; {len(methods)} methods)"
+                if not len(cells):
+                    lines.append(f"{told}: no image counts.")
+                    continue
+                best, worst = (
+                    f"{plots.label(row.method)} {row.mean:.3f} [{row.low:.3f}, {row.high:.3f}], n = {row.n}"
+                    for row in cells.loc[[cells["mean"].idxmax(), cells["mean"].idxmin()]].itertuples()
+                )
+                rest = f" Images: {_images(part, metric)}." if metric == "IIR" else ""
+                lines.append(f"{told}: highest {best}; lowest {worst}.{rest}")
+    for name, w in agreement.items():
+        images = _images(table[table["model"].isin(grouped[name.partition(", ")[0]][0])], "IIR")
+        told = f"{w.mean:.2f} [{w.low:.2f}, {w.high:.2f}], n = {w.n}"
+        lines.append(f"- Kendall's W of the metrics ({name}): {told}. Images of IIR: {images}.")
+    images = _images(harmonized[harmonized["variant"] == "original"], "IIR", "target", "consensus")
+    kinds = {"RMCS": f" of {pool_in_words(run.settings.relative_models)}, nobody held out,"}
+    for row in by_rule[by_rule["n"] > 0].itertuples():
+        rest = f" Images by the architecture held out: {images}." if row.metric == "IIR" else ""
+        told = f"consensus{kinds.get(row.metric, '')} ({plots.label(row.rule)}) {row.consensus:.3f}"
+        gain = f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}], n = {row.n}, Holm-corrected p = {row.holm:.4f}"
+        lines.append(f"- {row.metric}, {told}, members {row.members:.3f}: {gain}.{rest}")
+    return "\n".join(lines)
+
+
+def relative_findings(relative: pd.DataFrame, correlation: pd.DataFrame) -> str:
+    """Say, architecture by architecture, what relative contrast shows, beyond the ledger.
+
+    Parameters
+    ----------
+    relative : pd.DataFrame
+        From :func:`relative_scores`.
     correlation : pd.DataFrame
         From :func:`relative_correlation`.
 
@@ -1249,32 +1383,28 @@ def findings(
         Markdown, one line per finding.
     """
     lines = []
-    for variant in VARIANTS:
-        part = table[(table["variant"] == variant) & table["method"].isin(run.settings.methods)]
-        means = summarize(part, ["metric", "method"], "value", run.settings.seed)
-        for metric in METRICS:
-            cells = means[means["metric"] == metric].dropna(subset="mean")
-            if not len(cells):
-                lines.append(f"- {metric} ({variant}): no image counts.")
-                continue
-            best, worst = cells.loc[cells["mean"].idxmax()], cells.loc[cells["mean"].idxmin()]
-            told = (
-                f"{plots.label(row['method'])} {row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['n']}"
-                for row in (best, worst)
-            )
-            lines.append(f"- {metric} ({variant}): highest {'; lowest '.join(told)}.")
-    for name, w in agreement.items():
-        lines.append(f"- Kendall's W of the metrics ({name}): {w.mean:.2f} [{w.low:.2f}, {w.high:.2f}], n = {w.n}.")
-    for row in by_rule[by_rule["n"] > 0].itertuples():
-        lines.append(
-            f"- {row.metric}, consensus ({plots.label(row.rule)}) {row.consensus:.3f}, members {row.members:.3f}: "
-            f"{row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}], n = {row.n}, Holm-corrected p = {row.holm:.4f}."
-        )
-    for against, line in DROPS.items():
-        rows = (
-            correlation[correlation["against"] == against].query("model == 'mean' and variant == 'original'").dropna()
-        )
-        for sign, count in (("above", (rows["low"] > 0).sum()), ("below", (rows["high"] < 0).sum())):
+    for model, part in relative.groupby("model", sort=False):
+        name = pool_in_words([model])
+        for against, line in DROPS.items():
+            drops = part.groupby("k")[against].mean()
+            lost = drops.index[drops != 0]
+            zeros = f"- {name}: the {line} is exactly 0 at {(drops == 0).sum()} of {len(drops)} commonalities"
+            if len(lost) == 1:
+                lines.append(
+                    f"{zeros}, all but k = {lost[0]}, so a correlation with it is one point against the rest, which an "
+                    "interval over images does not cover."
+                )
+            elif len(lost) < len(drops):
+                lines.append(f"{zeros}.")
+            rows = correlation.query("against == @against and model == @model and variant == 'original'").dropna()
+            for row in rows[rows["method"] == "grad_cam"].itertuples():
+                lines.append(
+                    f"- {name}, Grad-CAM's RMCS and {line}: r = {row.mean:+.3f} [{row.low:+.3f}, {row.high:+.3f}], "
+                    f"n = {row.n}."
+                )
             if len(rows):
-                lines.append(f"- RMCS and {line}: correlation {sign} 0 for {count} of {len(rows)} methods.")
+                lines.append(
+                    f"- {name}, RMCS and {line}: correlation above 0 for {(rows['low'] > 0).sum()} of {len(rows)} "
+                    f"methods, below 0 for {(rows['high'] < 0).sum()}."
+                )
     return "\n".join(lines)

@@ -105,6 +105,13 @@ CLAIMS: dict[str, Claim] = {
         SIGN.format(side="above"),
         _positive,
     ),
+    "harmonized_beats_edges": Claim(
+        PROJECT,
+        "The consensus of others finds features better than an edge filter, which knows no network",
+        "recognition by a held-out architecture: consensus of the others minus edges",
+        SIGN.format(side="above"),
+        _positive,
+    ),
     "harmonized_beats_own": Claim(
         PROJECT,
         "The consensus of others finds features a held-out architecture recognizes better than its own map's",
@@ -157,7 +164,8 @@ CLAIMS: dict[str, Claim] = {
     "eg_benchmark": Claim(
         ERION,
         "Expected gradients beat integrated gradients on 17 of 18 metrics (Correlated Groups 60, p = 7.2e-5)",
-        "share of the 18 metrics on which expected gradients score higher than integrated gradients, over seeds",
+        "share of the 18 metrics on which expected gradients score higher than integrated gradients in one network, "
+        "mean over networks (the paper counts metrics by their mean; that count is printed too)",
         "reproduced: lower bound > 0.5; partly: only the mean; else not reproduced",
         lambda i: REPRODUCED if i.low > 0.5 else PARTLY if i.mean > 0.5 else NOT,
     ),
@@ -179,9 +187,9 @@ CLAIMS: dict[str, Claim] = {
     "prior_gaussian_noise": Claim(
         ERION,
         "More than double the accuracy of the baseline at high levels of Gaussian noise (CIFAR-10, text)",
-        "test accuracy on the same images under Gaussian noise, mean over levels: prior minus baseline, same weight",
-        SIGN.format(side="above"),
-        _positive,
+        "test accuracy on the same images at the highest level of Gaussian noise: prior over baseline, same weight",
+        "reproduced: lower bound > 2; partly: lower bound > 1; else not reproduced",
+        _above(2.0, 1.0),
     ),
     "prior_graph": Claim(
         ERION,
@@ -237,17 +245,17 @@ CLAIMS: dict[str, Claim] = {
         PROJECT,
         "Maps depend on the weights: randomizing all of them changes every method's maps more than training from "
         "another seed does",
-        "Spearman with the maps of a second seed minus with those of the randomized model, for the method where it is "
-        "least",
+        "Spearman with the maps of a second seed minus with those of the randomized model, mean over ResNet, ViT and "
+        "Swin where a method is defined, for the method where it is least",
         SIGN.format(side="above"),
         _positive,
     ),
     "sanity_labels": Claim(
         PROJECT,
-        "Maps depend on the labels: a model that memorized random labels has other maps than one trained from another "
-        "seed, by every method",
-        "Spearman with the maps of a second seed minus with those of the model of random labels, for the method where "
-        "it is least",
+        "Maps depend on the labels: a ResNet and a Swin that memorized random labels have other maps than those "
+        "trained from another seed, by every method defined for one of them (attention rollout is not)",
+        "Spearman with the maps of a second seed minus with those of the model of random labels, mean over ResNet and "
+        "Swin where a method is defined, for the method where it is least",
         SIGN.format(side="above"),
         _positive,
     ),
@@ -261,9 +269,10 @@ CLAIMS: dict[str, Claim] = {
     ),
     "harmonized_sanity": Claim(
         PROJECT,
-        "Harmonized maps pass the checks of weights and labels by every method",
-        "Spearman with the consensus of second seeds minus with the consensus of destroyed models, for the method and "
-        "check where it is least",
+        "Harmonized maps pass the checks of weights and labels by every method defined for two networks or more",
+        "Spearman with the consensus of second seeds minus with the consensus of destroyed models (of at most 3 "
+        "networks, ResNet, ViT, Swin, for weights; of 2, ResNet and Swin, for labels), for the method and check where "
+        "it is least",
         SIGN.format(side="above"),
         _positive,
     ),
@@ -298,43 +307,91 @@ CLAIMS: dict[str, Claim] = {
     "cdep_color": Claim(
         SINGH,
         "On ColorMNIST CDEP regains accuracy (31.0 %; 25.1 %, 34.25 % in its code), RRR and no penalty stay at 0.2 %",
-        "color digits turned around, λ by shifted validation: better CDEP penalty minus best of RRR, EG, none",
+        "color digits turned around, λ by shifted validation: CDEP (code's form) minus the best of RRR, EG, none on "
+        "shifted validation images",
         SIGN.format(side="above"),
         _positive,
     ),
-    "cdep_color_unknown": Claim(
+    "cdep_color_paper": Claim(
+        PROJECT,
+        "The paper's form of CDEP, ‖β‖₁, regains accuracy on ColorMNIST",
+        "color digits turned around, λ by shifted validation: CDEP (paper's form) minus the best of RRR, EG, none on "
+        "shifted validation images",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_color_unknown_eg": Claim(
         ERION,
-        "On ColorMNIST CDEP wins (SI B)",
-        "color digits turned around, λ by unshifted validation: better CDEP penalty minus best of RRR, EG, none",
+        "On ColorMNIST CDEP wins (SI B): over EG",
+        "color digits turned around, λ by unshifted validation: CDEP (code's form) minus EG",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_color_unknown_rrr": Claim(
+        ERION,
+        "On ColorMNIST CDEP wins (SI B): over RRR",
+        "color digits turned around, λ by unshifted validation: CDEP (code's form) minus RRR",
         SIGN.format(side="above"),
         _positive,
     ),
     "cdep_decoy": Claim(
         SINGH,
         "On DecoyMNIST CDEP reaches 97.2 % (RRR 99.0 %)",
-        "decoy digits turned around, λ by shifted validation: better CDEP penalty minus none",
+        "decoy digits turned around, λ by shifted validation: CDEP (code's form) minus none",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "cdep_decoy_paper": Claim(
+        PROJECT,
+        "The paper's form of CDEP, ‖β‖₁, regains accuracy on DecoyMNIST",
+        "decoy digits turned around, λ by shifted validation: CDEP (paper's form) minus none",
         SIGN.format(side="above"),
         _positive,
     ),
     "eg_rrr_decoy": Claim(
         ERION,
         "On DecoyMNIST EG and RRR win over CDEP (SI B)",
-        "decoy digits turned around, λ by shifted validation: worse of EG and RRR minus better CDEP penalty",
+        "decoy digits turned around, λ by shifted validation: the worse of EG and RRR on shifted validation images "
+        "minus CDEP (code's form)",
         SIGN.format(side="above"),
         _positive,
     ),
-    "eg_rrr_decoy_unknown": Claim(
-        ERION,
-        "On DecoyMNIST EG and RRR win over CDEP (SI B)",
-        "decoy digits turned around, λ by unshifted validation: worse of EG and RRR minus better CDEP penalty",
+    "eg_rrr_decoy_paper": Claim(
+        PROJECT,
+        "On DecoyMNIST EG and RRR win over the paper's form of CDEP",
+        "decoy digits turned around, λ by shifted validation: the worse of EG and RRR on shifted validation images "
+        "minus CDEP (paper's form)",
         SIGN.format(side="above"),
         _positive,
     ),
-    "eg_rrr_cost": Claim(
+    "eg_decoy_unknown": Claim(
         ERION,
-        "EG and RRR are faster than CDEP (SI B, a whole VGG16)",
-        "million floating-point operations of a training step, decoy digits: cheaper CDEP minus dearer of EG and RRR",
+        "On DecoyMNIST EG and RRR win over CDEP (SI B): EG",
+        "decoy digits turned around, λ by unshifted validation: EG minus CDEP (code's form)",
         SIGN.format(side="above"),
+        _positive,
+    ),
+    "rrr_decoy_unknown": Claim(
+        ERION,
+        "On DecoyMNIST EG and RRR win over CDEP (SI B): RRR",
+        "decoy digits turned around, λ by unshifted validation: RRR minus CDEP (code's form)",
+        SIGN.format(side="above"),
+        _positive,
+    ),
+    "eg_cost": Claim(
+        ERION,
+        "EG and RRR are faster than CDEP (SI B, a whole VGG16): EG",
+        "million floating-point operations of a training step, decoy digits, CDEP minus EG; counted, so the interval "
+        "is a point",
+        "reproduced: above 0; else not reproduced",
+        _positive,
+    ),
+    "rrr_cost": Claim(
+        ERION,
+        "EG and RRR are faster than CDEP (SI B, a whole VGG16): RRR",
+        "million floating-point operations of a training step, decoy digits, CDEP minus RRR; counted, so the interval "
+        "is a point",
+        "reproduced: above 0; else not reproduced",
         _positive,
     ),
     "trim_recovery": Claim(
@@ -347,7 +404,7 @@ CLAIMS: dict[str, Claim] = {
     "awd_recovery": Claim(
         PROJECT,
         "Wavelet distillation recovers the wavelet the data were made with",
-        "cosine to the generating filter after the best shift and sign, over wavelets and seeds",
+        "cosine to the generating filter after the best shift and sign, mean over wavelets",
         "reproduced: the 95 % interval lies above 0.95; partly: above 0.9; else not reproduced",
         _above(0.95, 0.9),
     ),
@@ -368,7 +425,8 @@ CLAIMS: dict[str, Claim] = {
     "awd_interpretation": Claim(
         SINGH,
         "Without the interpretation loss AWD predicts worse (R² 0.231 against 0.262, clathrin)",
-        "simulated signals, R² of least squares on peaks: AWD minus the same without the interpretation loss",
+        "simulated signals, R² of least squares on peaks, sparsity weights by validation: AWD minus the same without "
+        "the interpretation loss",
         SIGN.format(side="above"),
         _positive,
     ),
@@ -412,15 +470,16 @@ CLAIMS: dict[str, Claim] = {
         BAM,
         "All methods but Grad-CAM and the gradient have over 80 % false positives on input independence "
         "(as citing work reports it)",
-        "false positives 1 − IIR on ReLU CNNs: the best of the other methods, chosen on the other half of the images"
-        f"{UNDECIDED}",
+        "false positives 1 − IIR on ReLU CNNs (an image's mean over the models it counts on; VGG has almost none): the "
+        f"best of the other methods, chosen on the other half of the images{UNDECIDED}",
         "reproduced: lower bound > 0.8; partly: lower bound > 0.5; else not reproduced",
         _above(0.8, 0.5),
     ),
     "bam_rankings": Claim(
         BAM,
         "Rankings of methods vary by metric (as citing work reports it)",
-        f"Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order){UNDECIDED}",
+        "Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order; VGG has almost no "
+        f"images of IIR){UNDECIDED}",
         "reproduced: the 95 % interval lies below 0.7, the threshold of strong agreement; partly: only the estimate; "
         "else not reproduced",
         _mean_below(0.7),
@@ -428,7 +487,8 @@ CLAIMS: dict[str, Claim] = {
     "bam_relative": Claim(
         BAM,
         "Relative model contrast follows accuracy drop (correlation 0.92 for Grad-CAM, as a review reports it)",
-        "Pearson correlation of Grad-CAM's RMCS with accuracy drop over commonality, mean of the architectures",
+        "Pearson correlation of Grad-CAM's RMCS with accuracy drop over commonality, on ReLU CNNs (ResNet alone); "
+        "rests on one commonality, see notebook 07",
         "reproduced: lower bound > 0.8; partly: lower bound > 0; else not reproduced",
         _above(0.8, 0.0),
     ),
@@ -468,6 +528,7 @@ JUDGED: dict[str, tuple[str, ...]] = {  # by the notebook that measures them
         "harmonized_detects",
         "harmonized_beats_best",
         "harmonized_beats_own",
+        "harmonized_beats_edges",
         "harmonized_localizes",
         "pool_size",
     ),
@@ -509,11 +570,17 @@ JUDGED: dict[str, tuple[str, ...]] = {  # by the notebook that measures them
     ),
     "11_explanation_penalties": (
         "cdep_color",
-        "cdep_color_unknown",
+        "cdep_color_paper",
+        "cdep_color_unknown_eg",
+        "cdep_color_unknown_rrr",
         "cdep_decoy",
+        "cdep_decoy_paper",
         "eg_rrr_decoy",
-        "eg_rrr_decoy_unknown",
-        "eg_rrr_cost",
+        "eg_rrr_decoy_paper",
+        "eg_decoy_unknown",
+        "rrr_decoy_unknown",
+        "eg_cost",
+        "rrr_cost",
     ),
     "12_transformations_and_wavelets": (
         "trim_recovery",

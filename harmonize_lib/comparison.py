@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harmonize_lib.harmonization import BEST, OUTCOMES, OWN, RANDOM, rules_of
+from harmonize_lib.harmonization import BEST, OUTCOMES, OWN, POOLED, RANDOM, rules_of
 from harmonize_lib.plots import forest, label
 from harmonize_lib.statistics import Interval, cross_fitted_best, holm, paired_difference, summarize
 from harmonize_lib.study import Run
@@ -146,6 +146,41 @@ def decided(cells: pd.DataFrame) -> pd.DataFrame:
     return counts.assign(cells=counts.sum(axis=1)).rename_axis("question").reset_index()
 
 
+def against_controls(run: Run, scores: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
+    """Consensus, own map and a random single other minus maps that know no model, paired by image.
+
+    Parameters
+    ----------
+    run : Run
+        Gives rules and seed.
+    scores : pd.DataFrame
+        ``SCORES_SCHEMA``, single models and consensus.
+    controls : pd.DataFrame
+        From :func:`harmonization.control_scores`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``outcome``, ``against``, ``map``, ``mean``, ``low``, ``high``, ``n``, ``p``; means over targets and
+        methods within the image. Positive: the control is worse.
+    """
+    rows, seed = [], run.settings.seed
+    for outcome in ("correct", "relevance_rank"):
+        gains = differences(scores, outcome, seed)
+        if not len(gains):
+            continue
+        known = controls.pivot_table(index="candidate", columns="image", values=outcome)[gains.columns]
+        cells = scores.pivot_table(index=["kind", "target", "method"], columns="image", values=outcome)[gains.columns]
+        single = cells.loc["other"]
+        consensus = (gains.xs((RANDOM, headline(run)), level=["against", "rule"]) + single).dropna(how="all")
+        maps = {POOLED: consensus, RANDOM: single} | ({OWN: cells.loc["own"]} if "own" in cells.index else {})
+        for against in known.index:
+            for name, values in maps.items():
+                found = paired_difference(values.mean(), known.loc[against], seed)
+                rows.append((OUTCOMES[outcome], f"minus {against}", name, *found))
+    return pd.DataFrame(rows, columns=["outcome", "against", "map", *Interval._fields])
+
+
 def rules_compared(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Each rule against the mean of all rules, averaged over targets and methods within the image.
 
@@ -241,7 +276,7 @@ def headline(run: Run) -> str:
     return CHOSEN if len(rules_of(run)) > 1 else run.settings.rule
 
 
-def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, Interval]:
+def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame, controls: pd.DataFrame) -> dict[str, Interval]:
     """What the notebook's claims are judged by.
 
     Parameters
@@ -252,6 +287,8 @@ def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, 
         From :func:`compare` without groups.
     sizes : pd.DataFrame
         From :func:`pool_size_scores`.
+    controls : pd.DataFrame
+        From :func:`against_controls`.
 
     Returns
     -------
@@ -259,10 +296,11 @@ def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, 
         Claim id to interval; n = 0 where there is nothing to measure.
     """
 
-    def read(outcome: str, against: str) -> Interval:
-        rows = overall[
-            (overall["outcome"] == outcome) & (overall["against"] == against) & (overall["rule"] == headline(run))
-        ]
+    judged = overall[overall["rule"] == headline(run)]
+    edges = controls[controls["map"] == POOLED]
+
+    def read(outcome: str, against: str, table: pd.DataFrame = judged) -> Interval:
+        rows = table[(table["outcome"] == outcome) & (table["against"] == against)]
         if not len(rows):
             return Interval(np.nan, np.nan, np.nan, 0)
         row = rows.iloc[0]
@@ -274,6 +312,7 @@ def measured(run: Run, overall: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, 
         "harmonized_beats_best": read("recognition", BEST),
         "harmonized_beats_own": read("recognition", OWN),
         "harmonized_localizes": read("localization", OWN),
+        "harmonized_beats_edges": read("recognition", "minus edges", edges),
         "pool_size": paired(sizes, "size", largest, 2 if largest > 2 else None, "correct", run.settings.seed),
     }
 

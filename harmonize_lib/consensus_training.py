@@ -38,6 +38,7 @@ TOLERANCE = 0.01
 VALIDATION_IMAGES = 500
 ARMS = ("consensus of others", "random models' maps", "no prior")
 OURS, CONTROL, PLAIN = ARMS
+OBJECTIVE = "correlation with the consensus"
 AGREEMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Spearman": spearman, "top 10 % IoU": topk_iou}
 LOCALIZATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relevance rank": relevance_rank,
@@ -362,6 +363,35 @@ def measure(run: Run, studies: Sequence[Tuned]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def reached(run: Run, studies: Sequence[Tuned]) -> pd.DataFrame:
+    """Whether training moved what it trained on: correlation of expected gradients with the pool's consensus.
+
+    Parameters
+    ----------
+    run : Run
+        Gives test images, ``consensus_method``, options of ``expected_gradients`` and seed.
+    studies : Sequence[Tuned]
+        From :func:`study_target`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns as :func:`measure`; Pearson correlation on squares of ``PATCH`` pixels, of images never trained on.
+    """
+    data, settings, parts = run.dataset, run.settings, []
+    options = settings.options.get("expected_gradients", {})
+    for study in studies:
+        wished = target_maps(study.plan.pool, data, settings.consensus_method, settings.seed)
+        every = {("before", 0): study.plan.target, **study.models}
+        for (arm, seed), model in tqdm(every.items(), desc=f"{study.plan.target.name}: objective", mininterval=1):
+            maps = attributions(model, data, "expected_gradients", settings.seed, **options)["maps"]
+            pairs = zip(maps.split(1), wished.split(1), strict=True)
+            values = [1 - float(consensus_prior(one, other, PATCH)) for one, other in pairs]
+            told = {"model": study.plan.target.name, "arm": arm, "seed": seed, "method": "expected_gradients"}
+            parts.append(pd.DataFrame(told | {"measure": OBJECTIVE, "image": data.ids, "value": values}))
+    return pd.concat(parts, ignore_index=True)
+
+
 def differences(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """What the consensus prior changes, against the original model and against both controls.
 
@@ -556,6 +586,32 @@ def gallery(run: Run, studies: Sequence[Tuned], method: str, n: int) -> tuple[Fi
     return plots.gallery(rows, names), pd.DataFrame(table, columns=["model", "map", "image", "relevance_rank"])
 
 
+def describe_objective(table: pd.DataFrame) -> str:
+    """Say in words how far training moved what it trained on.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From :func:`reached`.
+
+    Returns
+    -------
+    str
+        One line per model: the means of all arms, and the consensus prior against each other arm.
+    """
+    lines = []
+    for model, part in table.groupby("model", sort=False):
+        means = part.groupby("arm", sort=False)["value"].mean()
+        shown = ", ".join(f"{arm} {value:.3f}" for arm, value in means.items())
+        gains = {arm: pooled_difference(part, OBJECTIVE, arm) for arm in (PLAIN, CONTROL)}
+        told = "; ".join(
+            f"consensus minus {arm} {g.mean:+.3f} [{g.low:+.3f}, {g.high:+.3f}], n = {g.n} networks"
+            for arm, g in gains.items()
+        )
+        lines.append(f"{model}: {shown}; {told}")
+    return "\n".join(lines)
+
+
 def describe(table: pd.DataFrame) -> str:
     """Say clean accuracies in words.
 
@@ -576,20 +632,28 @@ def describe(table: pd.DataFrame) -> str:
     )
 
 
-def facts(table: pd.DataFrame) -> dict[str, bool]:
+def facts(table: pd.DataFrame, moved: pd.DataFrame) -> dict[str, bool]:
     """What must hold for the consensus prior's comparison to mean anything.
 
     Parameters
     ----------
     table : pd.DataFrame
         From :func:`clean_accuracy`.
+    moved : pd.DataFrame
+        From :func:`reached`.
 
     Returns
     -------
     dict[str, bool]
         Statement to whether it holds.
     """
-    return {
+    learned = {
+        f"consensus prior: {model}'s expected gradients come nearer to the consensus than without a prior": bool(
+            pooled_difference(part, OBJECTIVE, PLAIN).low > 0
+        )
+        for model, part in moved.groupby("model", sort=False)
+    }
+    return learned | {
         f"consensus prior: {model} with {arm} keeps clean accuracy within a point, by the mean": bool(
             change >= -TOLERANCE
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -32,6 +33,8 @@ AGAINST_NO_MODEL = ["other family", "object_mask", "edges", "center", "shuffled 
 REFERENCE_LINES = ("object_mask", "edges", "center", "shuffled weights", "random")
 MEASURES = {"Spearman": spearman, "top-10 % IoU": topk_iou, "SSIM": ssim}
 ALL = "all methods"
+OTHERS = "other architectures"
+BY_TARGET = ["own map", OTHERS, "center", "edges", "random"]
 
 
 def same_architecture(run: Run) -> dict[str, Maps]:
@@ -156,12 +159,19 @@ def floors_and_ceilings(run: Run, table: pd.DataFrame, relatives: pd.DataFrame, 
     control = control.replace({"bound": {"object_mask": "object patches"}})
     own = at_k[at_k["source"] == at_k["target"]].assign(bound="own map")
     related = at_k[at_k["source"].isin(list(relatives["source"].unique()))].assign(bound=lambda part: part["source"])
+    data = run.dataset
+    known = {name: (study.predictions(model, data.images) == data.labels).numpy() for name, model in run.models.items()}
+    whole = pd.DataFrame(known, index=pd.Index(data.ids, name="image")).melt(
+        var_name="target", value_name="correct", ignore_index=False
+    )
     parts = [control, outlines.assign(bound="silhouette"), related, own]
+    parts.append(whole.reset_index().assign(bound="whole image"))
     if run.dataset.masks is not None:
         parts.append(study.masked_accuracy(run).assign(bound="whole object"))
     bounds = pd.concat(parts)[["target", "bound", "image", "correct"]].astype({"correct": float})
     order = ["random", "center", "edges", "silhouette", "shuffled weights", "second seed", "own map", "object patches"]
-    bounds["bound"] = pd.Categorical(bounds["bound"], [*order, "whole object"])
+    bounds["target"] = pd.Categorical(bounds["target"], list(run.models))
+    bounds["bound"] = pd.Categorical(bounds["bound"], [*order, "whole object", "whole image"])
     return summarize(bounds, ["target", "bound"], "correct", run.settings.seed)
 
 
@@ -232,6 +242,57 @@ def _over_targets(lines: pd.DataFrame, seed: int) -> pd.DataFrame:
     by = ["line", "fraction", "target", "image"]
     each = lines.assign(correct=lines["correct"].astype(float)).groupby(by, observed=True)["correct"].mean()
     return summarize(each.reset_index(), ["line", "fraction"], "correct", seed)
+
+
+def curves_by_target(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of every target over k on its own features, on other architectures', and on maps that know no model.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps and controls by all targets.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``target``, ``line`` (own map, other architectures, random, center, edges), ``fraction``, ``mean``,
+        ``low``, ``high``, ``n``; means over sources and methods.
+    """
+    kind = relation(run, table).replace({"same family": OTHERS, "other family": OTHERS})
+    lines = table.assign(line=kind, correct=table["correct"].astype(float), target=table["target"].astype(object))
+    each = summarize(lines, ["target", "line", "fraction"], "correct", run.settings.seed)
+    order = [(target, line) for target in run.models for line in BY_TARGET]
+    return pd.concat([each[(each["target"] == target) & (each["line"] == line)] for target, line in order])
+
+
+def same_minus_other_family(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy on features of the target's family minus that on the other family's, paired by image.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps by all targets.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``fraction``, ``mean``, ``low``, ``high``, ``n``, ``p``; a mean over methods and over the targets that
+        have sources of both families.
+    """
+    lines = table.assign(line=relation(run, table), correct=table["correct"].astype(float))
+    lines = lines[lines["line"].isin(["same family", "other family"])]
+    by = ["fraction", "target", "image", "line"]
+    wide = lines.groupby(by, observed=True)["correct"].mean().unstack("line").dropna()
+    wide = wide.groupby(["fraction", "image"], observed=True).mean().reindex(columns=["same family", "other family"])
+    rows = [
+        (k, *paired_difference(part["same family"], part["other family"], run.settings.seed))
+        for k, part in wide.groupby("fraction")
+    ]
+    return pd.DataFrame(rows, columns=["fraction", *Interval._fields])
 
 
 def own_minus_other(run: Run, table: pd.DataFrame) -> pd.DataFrame:
@@ -333,6 +394,56 @@ def agreement_matrix(run: Run, agreement: pd.DataFrame) -> pd.DataFrame:
     names = list(run.models)
     both = both.assign(**{column: pd.Categorical(both[column], names) for column in ("model", "other model")})
     return summarize(both, ["model", "other model"], "agreement", run.settings.seed)
+
+
+def agreement_by_family(run: Run, agreement: pd.DataFrame) -> pd.DataFrame:
+    """Mean Spearman of pairs of models by their families, beside that of two seeds.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    agreement : pd.DataFrame
+        From :func:`agreement_table`.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``pair``, ``mean``, ``low``, ``high``, ``n``; means over pairs and methods.
+    """
+    part = agreement[(agreement["measure"] == "Spearman") & (agreement["pair"] != "shuffled weights")]
+    family = {name: plots.label(model.family) for name, model in run.models.items()}
+    kinds = {
+        models: " and ".join(sorted(map(family.__getitem__, models.split(" ")))) if " " in models else "two seeds"
+        for models in part["models"].unique()
+    }
+    return summarize(part.assign(pair=part["models"].map(kinds)), ["pair"], "agreement", run.settings.seed)
+
+
+def areas(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """Area under the transfer curve of every method: mean accuracy over k, between architectures.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    table : pd.DataFrame
+        Recognition of all maps by all targets.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``method``, ``mean``, ``low``, ``high``, ``n``, from the largest; the last row, ``best minus worst``,
+        is paired by image.
+    """
+    area = area_over_fractions(table[table["method"] != "control"])
+    area = area[area["source"].astype(str) != area["target"].astype(str)].astype({"method": object})
+    found = summarize(area, ["method"], "correct", run.settings.seed).sort_values("mean", ascending=False)
+    wide = area.groupby(["image", "method"], observed=True)["correct"].mean().unstack()
+    best, worst = found["method"].iloc[[0, -1]]
+    spread = paired_difference(wide[best], wide[worst], run.settings.seed)
+    found.loc[len(found)] = ("best minus worst", *spread[:4])
+    return found.reset_index(drop=True)
 
 
 def _mean_over_methods(table: pd.DataFrame) -> pd.DataFrame:
@@ -488,15 +599,55 @@ def measured_claims(run: Run, table: pd.DataFrame, agreement: pd.DataFrame) -> d
     }
 
 
-def separation(run: Run, table: pd.DataFrame, gap: pd.DataFrame) -> dict[str, bool]:
+def in_words(folder: Path, fraction: float) -> str:
+    """What the curves of a run on other data show, against maps that know no model.
+
+    Parameters
+    ----------
+    folder : Path
+        Figures of that run of notebook 04.
+    fraction : float
+        Share of patches at which they are read.
+
+    Returns
+    -------
+    str
+        Markdown: accuracies with intervals, who is ahead of whom where intervals do not overlap, the order of methods.
+    """
+    curves = pd.read_csv(folder / "curves.csv").query("fraction == @fraction")
+    floors = pd.read_csv(folder / "transfer_matrix.csv").query("bound == 'whole image'")
+    at = curves.drop_duplicates("line").set_index("line")
+
+    def told(name: str, row: Any) -> str:
+        return f"{plots.label(name)} {row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+    def against(a: str, b: str) -> str:
+        apart = at.loc[a, "low"] > at.loc[b, "high"], at.loc[a, "high"] < at.loc[b, "low"]
+        words = "above" if apart[0] else "below" if apart[1] else "not apart from"
+        return f"{plots.label(a)} is {words} {plots.label(b)}"
+
+    methods = curves[curves["panel"].str.startswith("By method") & (curves["line"] != "random")]
+    order = methods.sort_values("mean", ascending=False)["line"].map(plots.label)
+    shown = [
+        name for name in ("own map", "same family", "other family", "center", "edges", "random") if name in at.index
+    ]
+    pairs = [("own map", "other family"), ("own map", "center"), ("other family", "center"), ("other family", "random")]
+    lines = [
+        "whole images: " + "; ".join(told(row["target"], row) for _, row in floors.iterrows()),
+        f"k = {fraction:.0%}: " + "; ".join(told(name, at.loc[name]) for name in shown),
+        "by their intervals: " + "; ".join(against(a, b) for a, b in pairs if {a, b} <= set(at.index)),
+        "methods, best first: " + ", ".join(order),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def separation(found: pd.DataFrame, gap: pd.DataFrame) -> dict[str, bool]:
     """Whether the data separate own from foreign features, and good from bad methods.
 
     Parameters
     ----------
-    run : Run
-        The run.
-    table : pd.DataFrame
-        Recognition of all maps by all targets.
+    found : pd.DataFrame
+        From :func:`areas`.
     gap : pd.DataFrame
         From :func:`own_minus_other`.
 
@@ -506,18 +657,15 @@ def separation(run: Run, table: pd.DataFrame, gap: pd.DataFrame) -> dict[str, bo
         Condition in words, with what was found, to whether it is met.
     """
     small = gap[gap["fraction"] <= 0.05] if (gap["fraction"] <= 0.05).any() else gap
-    best_k = small.assign(enough=small["mean"] >= 0.05).groupby("fraction")["enough"].sum()
-    area = area_over_fractions(table[table["method"] != "control"])
-    areas = summarize(
-        area[area["source"].astype(str) != area["target"].astype(str)], ["method"], "correct", run.settings.seed
-    )
-    areas = areas.set_index("method")["mean"]
-    spread = areas.max() - areas.min()
+    counts = small.assign(mean=small["mean"] >= 0.05, low=small["low"] >= 0.05).groupby("fraction")[["mean", "low"]]
+    at = counts.sum().sort_values(["mean", "low"]).iloc[-1]
+    best, worst, spread = found.iloc[0], found.iloc[-2], found.iloc[-1]
     return {
         f"own features lead another's by ≥ 0.05 for at least 3 methods at some k ≤ {small['fraction'].max():.0%} "
-        f"({best_k.max()} methods at k = {best_k.idxmax():g})": bool(best_k.max() >= 3),
-        f"best and worst method differ by ≥ 0.05 in area under the transfer curve "
-        f"({plots.label(areas.idxmax())} {areas.max():.3f}, {plots.label(areas.idxmin())} {areas.min():.3f})": bool(
-            spread >= 0.05
+        f"(k = {at.name:.0%}: {at['mean']} methods, {at['low']} of them with the whole interval)": bool(
+            at["mean"] >= 3
         ),
+        f"best and worst method differ by ≥ 0.05 in area under the transfer curve "
+        f"({plots.label(best['method'])} {best['mean']:.3f}, {plots.label(worst['method'])} {worst['mean']:.3f}, "
+        f"difference [{spread['low']:.3f}, {spread['high']:.3f}])": bool(spread["mean"] >= 0.05),
     }

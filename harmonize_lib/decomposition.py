@@ -56,7 +56,7 @@ def contextual_decomposition(model: nn.Module, images: Tensor, masks: Tensor) ->
     the weights by their last bit moves a map by 0.1 to 0.2 % (median), on its ResNet by 0.0001 %.
 
     Every rule keeps the sum, so gamma is carried as what the full pass leaves beside beta; carrying it apart by its
-    own rule gives the same (the tests do both).
+    own rule gives the same (:mod:`harmonize_lib.literal_decomposition`, held against it in the tests and notebook 10).
 
     This project's extension, in no paper of the source: LayerNorm's mean is taken of each part and its variance is
     that of the full pass; a product of two parts shares the mixed term equally (squeeze-and-excite gates, queries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,13 +25,15 @@ from harmonize_lib.data import Dataset
 from harmonize_lib.decomposition import contextual_decomposition
 from harmonize_lib.hierarchy import SCORES, draw_hierarchies, hierarchies
 from harmonize_lib.interactions import KINDS, features, inputs, interactions, planted
+from harmonize_lib.literal_decomposition import decompose
 from harmonize_lib.models import Model
 from harmonize_lib.penalty_study import network
 from harmonize_lib.statistics import Interval, bootstrap_interval, paired_difference, summarize
 from harmonize_lib.study import Run, predictions
 
 NAMES = {"cd": "contextual decomposition", "occlusion": "occlusion", "build_up": "build-up"}
-PROMISES = ("β + γ − logits", "whole image: γ", "empty group: β")
+PROMISES = ("β + γ − logits", "whole image: γ by the rules", "empty group: β")
+ROUNDING = "β: single − double"
 TOLERANCE = 1e-4  # of the largest logit
 COST = 1.3  # of two forward passes per group
 REPORTED = {"FGSM": (0.590, 0.131)}  # ACD and agglomerative occlusion, 100 images
@@ -38,7 +41,10 @@ PERTURBATIONS = ("FGSM", "random signs", "Gaussian", "shift")
 
 
 def promises(models: Mapping[str, Model], dataset: Dataset, seed: int) -> pd.DataFrame:
-    """How far the decomposition is from what it promises, image by image.
+    """How far the decomposition is from what it promises, image by image, in double precision.
+
+    γ is carried apart from β by its own rules, without the exception for whole images, so that nothing holds by
+    construction: the decomposition itself takes what the logits leave beside β, and 0 for a whole image.
 
     Parameters
     ----------
@@ -52,8 +58,8 @@ def promises(models: Mapping[str, Model], dataset: Dataset, seed: int) -> pd.Dat
     Returns
     -------
     pd.DataFrame
-        ``model``, ``image``, ``promise`` (one of ``PROMISES``), ``gap`` (largest over classes, as a share of the
-        image's largest logit).
+        ``model``, ``image``, ``promise`` (one of ``PROMISES``, or ``ROUNDING``: what single precision does to β),
+        ``gap`` (largest over classes, as a share of the image's largest logit).
     """
     rng = np.random.default_rng(seed)
     n, (height, width) = len(dataset), dataset.images.shape[2:]
@@ -64,13 +70,19 @@ def promises(models: Mapping[str, Model], dataset: Dataset, seed: int) -> pd.Dat
         group[top : top + tall, left : left + wide] = True
     parts = []
     for name, model in tqdm(models.items(), desc="promises", mininterval=1):
+        exact = copy.deepcopy(model).double()
+        x = exact.preprocess(dataset.images)
+        own = groups.to(x.device)
         with torch.no_grad():
-            logits = model(model.preprocess(dataset.images))
-            beta, gamma = contextual_decomposition(model, dataset.images, groups)
-            _, nothing = contextual_decomposition(model, dataset.images, torch.ones_like(groups))
-            empty, _ = contextual_decomposition(model, dataset.images, torch.zeros_like(groups))
-        for promise, gap in zip(PROMISES, (beta + gamma - logits, nothing, empty), strict=True):
-            share = (gap.abs().amax(1) / logits.abs().amax(1)).cpu().double().numpy()
+            logits = exact(x)
+            beta, _ = contextual_decomposition(exact, dataset.images, groups)
+            _, gamma = decompose(exact, x, own)
+            _, nothing = decompose(exact, x, torch.ones_like(own))
+            empty, _ = contextual_decomposition(exact, dataset.images, torch.zeros_like(groups))
+            single, _ = contextual_decomposition(model, dataset.images, groups)
+        gaps = (beta + gamma - logits, nothing, empty, single - beta)
+        for promise, gap in zip((*PROMISES, ROUNDING), gaps, strict=True):
+            share = (gap.abs().amax(1) / logits.abs().amax(1)).cpu().numpy()
             parts.append(pd.DataFrame({"model": name, "image": dataset.ids, "promise": promise, "gap": share}))
     return pd.concat(parts, ignore_index=True)
 
@@ -443,26 +455,14 @@ def draw_scenes(run: Run, name: str, n: int, patch: int, percentile: float, roun
         The figure and the trees as a table.
     """
     model, dataset = run.models[name], run.dataset
-    predicted = predictions(model, dataset.images)
-    right = (predicted == dataset.labels).nonzero()[:n, 0].tolist()
-    wrong = (predicted != dataset.labels).nonzero()[:n, 0].tolist()
-    chosen = [(i, int(predicted[i]), "right") for i in right]
-    for i in wrong:
-        chosen += [(i, int(predicted[i]), "wrong"), (i, int(dataset.labels[i]), "wrong")]
-    index = torch.tensor([i for i, _, _ in chosen])
-    targets = torch.tensor([target for _, target, _ in chosen])
-    titles = []
-    for i, target, kind in chosen:
-        truth, said = dataset.classes[dataset.labels[i]], dataset.classes[predicted[i]]
-        head = f"right: {said}" if kind == "right" else f"wrong: {said}, is {truth}"
-        titles.append(f"{head}\nexplained: {dataset.classes[target]}")
+    index, targets, titles = _chosen(predictions(model, dataset.images), dataset.labels, dataset.classes, n)
     return _draw(model, dataset.images[index], dataset.images[index], targets, titles, patch, percentile, rounds)
 
 
 def draw_digits(
     model: nn.Module, images: Tensor, labels: Tensor, n: int, percentile: float, rounds: int
 ) -> tuple[Figure, pd.DataFrame]:
-    """Trees of the first digits: right ones, then wrong ones for the predicted class.
+    """Trees of the first right and the first wrong digits; the wrong ones for the predicted and the true class.
 
     Parameters
     ----------
@@ -486,13 +486,21 @@ def draw_digits(
     """
     with torch.no_grad():
         predicted = model(images).argmax(1)
-    right = (predicted == labels).nonzero()[:n, 0]
-    wrong = (predicted != labels).nonzero()[:n, 0]
-    index = torch.cat([right, wrong])
-    heads = [f"right: {predicted[i]}" for i in right] + [f"wrong: {predicted[i]}, is {labels[i]}" for i in wrong]
-    titles = [f"{head}\nexplained: {predicted[i]}" for head, i in zip(heads, index, strict=True)]
+    index, targets, titles = _chosen(predicted, labels, [str(digit) for digit in range(10)], n)
     ink = (255 - images[index] * 255).byte()
-    return _draw(model, images[index], ink, predicted[index], titles, 1, percentile, rounds)
+    return _draw(model, images[index], ink, targets, titles, 1, percentile, rounds)
+
+
+def _chosen(predicted: Tensor, labels: Tensor, classes: Sequence[str], n: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, classes explained and titles: right predictions, then wrong ones for the class predicted and the true."""
+    said, true = predicted.tolist(), labels.tolist()
+    right = predicted == labels
+    chosen = [(i, said[i], f"right: {classes[said[i]]}") for i in right.nonzero()[:n, 0].tolist()]
+    for i in (~right).nonzero()[:n, 0].tolist():
+        head = f"wrong: {classes[said[i]]}, is {classes[true[i]]}"
+        chosen += [(i, said[i], head), (i, true[i], head)]
+    index, targets = (torch.tensor([row[place] for row in chosen]) for place in (0, 1))
+    return index, targets, [f"{head}\nexplained: {classes[target]}" for _, target, head in chosen]
 
 
 def _draw(
@@ -537,6 +545,28 @@ def measured_claims(recovered: pd.DataFrame, stable: pd.DataFrame, seed: int) ->
     }
 
 
+def cost_in_words(costs: pd.DataFrame) -> str:
+    """Say which models stay within the cost that was asked for.
+
+    Parameters
+    ----------
+    costs : pd.DataFrame
+        From :func:`cost`.
+
+    Returns
+    -------
+    str
+        Models below, above, and those whose interval holds ``COST``: undecided.
+    """
+    kinds = {
+        "below": costs["high"] < COST,
+        "above": costs["low"] > COST,
+        "undecided (the interval holds it)": (costs["low"] <= COST) & (costs["high"] >= COST),
+    }
+    said = (f"{kind}: {', '.join(costs.loc[rows, 'model']) or 'no model'}" for kind, rows in kinds.items())
+    return f"mean cost against {COST:g} of two forward passes per group: {'; '.join(said)}"
+
+
 def kept_promises(gaps: pd.DataFrame) -> dict[str, bool]:
     """Facts asked of the decomposition beforehand.
 
@@ -550,5 +580,10 @@ def kept_promises(gaps: pd.DataFrame) -> dict[str, bool]:
     dict[str, bool]
         Fact to whether it holds for every model.
     """
-    worst: Any = gaps.groupby("promise")["gap"].max()
-    return {f"{promise} within {TOLERANCE:g} of the logits": bool(worst[promise] <= TOLERANCE) for promise in PROMISES}
+    worst: Any = gaps.groupby(["promise", "model"], sort=False)["gap"].max()
+    facts = {}
+    for promise in PROMISES:
+        broken = worst[promise][worst[promise] > TOLERANCE].index
+        but = f", but for {', '.join(broken)}" if len(broken) else ""
+        facts[f"{promise} within {TOLERANCE:g} of the logits{but}"] = not but
+    return facts

@@ -44,6 +44,7 @@ GONE = 0.01  # dependence below which the demonstration counts it as gone
 NETWORK = ([[10.0], [10.0]], [[-6.0]])  # weights and bias of the demonstration
 DEMO_ROWS, DEMO_BATCH, DEMO_RATE = 1000, 64, 1e-2
 TIMED_ROWS = 32
+PASSES, BOUND = 3.0, 3.2  # of a training step with one draw, in plain steps: counted, and what it may cost at most
 DEMO: dict[str, tuple[str, int]] = {
     **{f"expected gradients, k = {k}": ("expected_gradients", k) for k in range(1, 6)},
     "gradients": ("gradients", 1),
@@ -575,6 +576,34 @@ def metrics_won(table: pd.DataFrame, dataset: str) -> Interval:
     return Interval(excess.mean + 0.5, excess.low + 0.5, excess.high + 0.5, excess.n, excess.p)
 
 
+def benchmark_in_words(table: pd.DataFrame, dataset: str) -> str:
+    """Say on how many metrics expected gradients beat integrated gradients, and by how much.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From :func:`benchmarks`.
+    dataset : str
+        One of ``keep_remove.DATASETS``.
+
+    Returns
+    -------
+    str
+        One line: metrics counted by their mean over networks, as reported, and by their interval; the mean difference
+        of scores, beside the reported one where every metric of it is known; the share of :func:`metrics_won`.
+    """
+    rows, share = benchmark_table(table, dataset), metrics_won(table, dataset)
+    size = f"mean difference of scores {rows['EG − IG'].mean():.4f}"
+    if dataset == DATASETS[0]:
+        reported = rows["reported expected_gradients"] - rows["reported integrated_gradients"]
+        size += f" (reported: {reported.mean():.4f}, above 0 on {(reported > 0).sum()})"
+    return (
+        f"{dataset}: EG − IG is above 0 on {(rows['EG − IG'] > 0).sum()} of {len(rows)} metrics by its mean over "
+        f"networks, on {(rows['low'] > 0).sum()} by its 95 % interval; {size}; share won by one network "
+        f"{share.mean:.2f} [{share.low:.2f}, {share.high:.2f}], n = {share.n} networks, p = {share.p:.2g}"
+    )
+
+
 def draw_benchmark(table: pd.DataFrame) -> Figure:
     """Scores of all methods and metrics relative to expected gradients, and the difference to integrated gradients.
 
@@ -840,10 +869,30 @@ def draw_step_cost(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     summary = pd.DataFrame(rows, columns=["model", "mean", "low", "high", "n"])
     figure, ax = plt.subplots(figsize=(5.2, 0.9 + 0.32 * len(summary)))
     plots.forest(ax, summary, "model", "A step with the prior against a plain one", "ratio of seconds, one draw")
-    ax.axvline(3, color="0.35", ls="--", lw=1, label="count of passes: 3")
+    ax.axvline(PASSES, color="0.35", ls="--", lw=1, label=f"count of passes: {PASSES:g}")
+    ax.axvline(BOUND, color="0.35", ls=":", lw=1.4, label=f"bound: {BOUND:g}")
     ax.set_xlim(left=0)
     ax.legend(fontsize=6.5)
     return figure, summary
+
+
+def step_cost_in_words(summary: pd.DataFrame) -> str:
+    """Say what a step with the prior costs, and which networks are above the bound by their interval.
+
+    Parameters
+    ----------
+    summary : pd.DataFrame
+        From :func:`draw_step_cost`.
+
+    Returns
+    -------
+    str
+        One sentence.
+    """
+    over = summary[summary["low"] > BOUND]
+    names = ", ".join(f"{plots.label(row.model)} ({row.mean:.2f})" for row in over.itertuples()) or "none"
+    mean = f"{summary['mean'].mean():.2f} plain steps, mean of {len(summary)} networks"
+    return f"a step with the prior costs {mean}; above the bound of {BOUND:g} by their 95 % interval: {names}"
 
 
 def measured_claims(

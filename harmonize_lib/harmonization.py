@@ -217,6 +217,32 @@ def consensus_scores(run: Run, maps: Maps) -> pd.DataFrame:
     return _validated(pd.concat(parts, ignore_index=True))
 
 
+def control_scores(run: Run, controls: Maps) -> pd.DataFrame:
+    """How well every target does with maps that know no model.
+
+    Parameters
+    ----------
+    run : Run
+        Gives models, images and parameters.
+    controls : Maps
+        (name, ``"control"``) to maps (N, H, W).
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``target``, ``candidate``, ``image``, ``correct``, ``relevance_rank`` (NaN without masks), as in
+        :func:`single_scores`.
+    """
+    seen = study.recognition_table(run, controls, run.models, list(run.settings.fractions))
+    seen = _strings(seen[seen["fraction"] == run.settings.fraction]).rename(columns={"source": "candidate"})
+    located = {name: _located(run, values) for (name, _), values in _grids(run, controls).items()}
+    ranks = pd.DataFrame(located, index=pd.Index(run.dataset.ids, name="image")).melt(
+        var_name="candidate", value_name="relevance_rank", ignore_index=False
+    )
+    columns = ["target", "candidate", "image", "correct", "relevance_rank"]
+    return seen.merge(ranks.reset_index(), on=["candidate", "image"])[columns]
+
+
 def recognition_curves(run: Run, maps: Maps, controls: Maps, rule: str) -> pd.DataFrame:
     """Accuracy over the share of patches kept: consensus, singles, own map, and controls.
 

@@ -290,7 +290,8 @@ def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequenc
     """Trees two by two: first groups at the bottom, merged ones above; a group is outlined, what it leaves out faded.
 
     A chain of growth shows as its first and its last group. Of more than ``MOST_LEAVES`` first groups those that make
-    up less than a tenth of the last group are left out. The frame's color and the number below are the score.
+    up less than a tenth of the last group are left out, and their number is written in. Pictures are cut to the
+    surroundings of the last group. The frame's color and the number below are the score.
 
     Parameters
     ----------
@@ -311,7 +312,7 @@ def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequenc
     tops = [max(y for _, y in place.values()) for place in places]
     heights = [max(tops[i : i + 2]) + 1.2 for i in range(0, len(trees), 2)]
     figure, axes = plt.subplots(
-        len(heights), 2, figsize=(7.4, 0.56 * sum(heights) + 0.35 * len(heights)), height_ratios=heights, squeeze=False
+        len(heights), 2, figsize=(7.4, 0.64 * sum(heights) + 0.35 * len(heights)), height_ratios=heights, squeeze=False
     )
     for ax in axes.flat[len(trees) :]:
         ax.set_visible(False)
@@ -324,16 +325,18 @@ def draw_hierarchies(trees: Sequence[Hierarchy], images: Tensor, titles: Sequenc
             for child in links[node]:
                 ax.plot([x, place[child][0]], [y, place[child][1]], color="0.6", lw=0.8, zorder=1)
             frame = {"edgecolor": colors(0.5 + 0.5 * tree.scores[node] / limit), "linewidth": 2}
-            picture = _outlined(image, tree.groups[node])
-            zoom = 27 * size / len(picture)
+            picture = _outlined(image, tree.groups[node], tree.groups[-1])
+            zoom = 33 * size / len(picture)
             ax.add_artist(AnnotationBbox(OffsetImage(picture, zoom=zoom), (x, y), pad=0.12, bboxprops=frame))
             text = f"{tree.scores[node]:+.1f}"
-            below = {"xytext": (0, -15 * size - 2), "textcoords": "offset points", "ha": "center", "va": "top"}
+            below = {"xytext": (0, -18 * size - 2), "textcoords": "offset points", "ha": "center", "va": "top"}
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             ax.annotate(text, (x, y), **below, fontsize=6, bbox=box)
         ax.set(xlim=(min(-0.6, width / 2 - 2), max(width - 0.4, width / 2 + 1)), xticks=[], yticks=[])
         ax.set_ylim(-0.7, heights[list(axes.flat).index(ax) // 2] - 0.7)
         ax.set_title(title, fontsize=7.5)
+        if hidden := sum(not below for below in tree.children) - width:
+            ax.text(1, 1, f"+{hidden} first groups not drawn", transform=ax.transAxes, ha="right", va="top", fontsize=6)
         ax.grid(visible=False)
         ax.set_frame_on(False)
     return figure
@@ -379,12 +382,23 @@ def _places(links: dict[int, tuple[int, ...]]) -> dict[int, tuple[float, float]]
     return place
 
 
-def _outlined(image: Tensor, group: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(rows, columns, 3) in [0, 1], enlarged: the group's border in orange, pixels outside it fade into white."""
+def _outlined(image: Tensor, group: NDArray[np.bool_], last: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(side, side, 3) in [0, 1], enlarged: the group's border in orange, pixels outside it fade into white.
+
+    The square that is cut out holds the last group with two units around it, as far as the image goes.
+    """
     pixels = image.permute(1, 2, 0).cpu().numpy() / 255
     pixels = np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels
-    side = [-(-pixels.shape[axis] // group.shape[axis]) for axis in (0, 1)]
-    inside = group.repeat(side[0], 0).repeat(side[1], 1)[: pixels.shape[0], : pixels.shape[1]]
+    unit = [-(-pixels.shape[axis] // group.shape[axis]) for axis in (0, 1)]
+    inside = group.repeat(unit[0], 0).repeat(unit[1], 1)[: pixels.shape[0], : pixels.shape[1]]
+    reach = [np.nonzero(last.any(1 - axis))[0][[0, -1]] for axis in (0, 1)]
+    side = min(4 + max(high - low + 1 for low, high in reach), *last.shape)
+    starts = [
+        int(np.clip((low + high + 1 - side) // 2, 0, length - side))
+        for (low, high), length in zip(reach, last.shape, strict=True)
+    ]
+    cut = tuple(slice(start * step, (start + side) * step) for start, step in zip(starts, unit, strict=True))
+    pixels, inside = pixels[cut], inside[cut]
     scale = max(1, 192 // len(pixels))
     pixels, inside = pixels.repeat(scale, 0).repeat(scale, 1), inside.repeat(scale, 0).repeat(scale, 1)
     border = inside & ~ndimage.binary_erosion(inside, iterations=max(1, len(pixels) // 48))

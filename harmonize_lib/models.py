@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from harmonize_lib import paths
-from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.errors import HarmonizeError, one_line, unknown
 from harmonize_lib.storage import sha256_file, sha256_json, sha256_tensors
 
 LEAST_GRID = 4  # a coarser grid than 4 x 4 carries no place
@@ -204,8 +205,9 @@ class Model(nn.Module):
 
     @property
     def identity(self) -> str:
-        """Hash of everything about the model that its results depend on."""
-        return sha256_json([self.weights_hash, self.form])
+        """Hash of everything about the model that its results depend on: rounding on another kind of device, too."""
+        device = next(self.parameters()).device.type
+        return sha256_json([self.weights_hash, self.form, *([] if device == "cpu" else [device])])
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalize source pixels.
@@ -228,6 +230,8 @@ class Model(nn.Module):
             )
         if not x.isfinite().all():
             raise HarmonizeError("images hold NaN or infinite values: clean them before they are explained")
+        if x.numel() and (x.min() < -1 or x.max() > 2):  # noise may leave [0, 1] by a little
+            raise HarmonizeError(f"float images reach {x.abs().max():.4g}: scale them to [0, 1], or give uint8 pixels")
         return (x - self.mean) / self.std
 
     def forward(self, x: Tensor) -> Tensor:
@@ -412,11 +416,11 @@ def check_spec(spec: str) -> None:
     kind, colon, rest = spec.partition(":")
     if not colon:
         if spec not in manifest():
-            raise unknown("model", spec, manifest())
+            raise unknown("model", spec, manifest(), "list_models()")
     elif kind == "timm":
         tag = rest.partition("?")[0]
         if not timm.is_model(tag.partition(".")[0]):
-            raise unknown("timm model", tag, timm.list_models())
+            raise unknown("timm model", tag, timm.list_models(), "timm.list_models()")
     elif kind != "python" or not rest.partition(":")[2]:
         raise HarmonizeError(f"model {spec[:60]!r}: write a zoo name, 'timm:TAG' or 'python:module:callable'")
 
@@ -524,10 +528,18 @@ def _load_timm(spec: str, rest: str, weights: str | Path | None) -> Model:
 
 def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:
     module, _, attribute = rest.partition(":")
+    name = spec if len(spec) <= 60 else f"{spec[:57]}..."
     try:
-        network = getattr(importlib.import_module(module), attribute)()
+        build = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise HarmonizeError(f"{spec}: {str(error)[:120]}; write 'python:module:callable'") from error
+        raise HarmonizeError(f"{name}: {one_line(error, 90)}; write 'python:module:callable'") from error
+    except (Exception, SystemExit) as error:
+        raise HarmonizeError(f"{name}: {one_line(error, 80)}: mend the module, so that Python can import it") from error
+    try:
+        network = build()
+    except (Exception, SystemExit) as error:
+        line = f"{name}: {one_line(error, 80)}"
+        raise HarmonizeError(f"{line}: called without arguments, it must return a network") from error
     if not isinstance(network, nn.Module) or not hasattr(network, "classes"):
         raise HarmonizeError(f"{spec}: the callable must return a torch.nn.Module with an attribute 'classes'")
     if weights is not None:
@@ -539,7 +551,13 @@ def _load_python(spec: str, rest: str, weights: str | Path | None) -> Model:
     size = given.get("input_size", (1, 1))
     if not isinstance(size, Sequence) or [type(side) for side in size] != [int, int]:
         raise HarmonizeError(f"{spec}: input_size must be (height, width), not {str(size)[:40]}")
-    return Model(network, spec, rest, tuple(names), **given)
+    if any(is_lazy(weight) for weight in (*network.parameters(), *network.buffers())):
+        raise HarmonizeError(f"{name}: a lazy layer has no weights yet: give its sizes, or call the network once")
+    try:
+        return Model(network, spec, rest, tuple(names), **given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        right = "check feature_info, and that mean and std have a number per channel"
+        raise HarmonizeError(f"{name}: {one_line(error, 60)}: {right}") from error
 
 
 def shuffled(model: Model, seed: int) -> Model:

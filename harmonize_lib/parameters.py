@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import pywt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from harmonize_lib.attribution import METHODS
+from harmonize_lib import shapes
+from harmonize_lib.attribution import METHODS, check_options
 from harmonize_lib.consensus import list_rules
 from harmonize_lib.data import check_name
 from harmonize_lib.errors import HarmonizeError, unknown
-from harmonize_lib.models import check_spec
+from harmonize_lib.models import check_spec, manifest
 from harmonize_lib.storage import check_folder
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=10_000)]
 ARCHITECTURES = ("resnet", "vgg", "mobilenet", "convnext", "vit", "swin")
 SIDES = {"shapes-on-scenes": 64, "imagefolder": 224, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
 CURVE = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5]
@@ -63,6 +79,17 @@ def _folder(folder: str) -> str:
     return folder
 
 
+def _known_methods(given: list[str] | str) -> list[str] | str:
+    for name in [given] if isinstance(given, str) else given:
+        _check_method(name, [method for method in METHODS if method not in CONTROLS])
+    return given
+
+
+def _check_method(name: str, methods: Iterable[str]) -> None:
+    if name not in methods:
+        raise unknown("method", name, methods, "harmonize params NAME")
+
+
 def _known_rules(given: list[str] | str) -> list[str] | str:
     for rule in [given] if isinstance(given, str) else given:
         if rule not in list_rules():
@@ -70,10 +97,25 @@ def _known_rules(given: list[str] | str) -> list[str] | str:
     return given
 
 
+def _known_models(specs: list[str]) -> list[str]:
+    for spec in specs:
+        check_spec(spec)
+    return specs
+
+
+def _each_once(value: Any, info: ValidationInfo) -> Any:
+    """Refuse a list with the same item twice, where that is a slip: two layers may be equally wide."""
+    if isinstance(value, list) and info.field_name not in ("hidden", "judges"):
+        for i, item in enumerate(value):
+            if item in value[:i]:
+                raise HarmonizeError(f"parameter {info.field_name!r} has {str(item)[:60]!r} twice: give each once")
+    return value
+
+
 class Parameters(BaseModel):
     """What every notebook takes."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     other_data: ClassVar[bool] = True
 
     dataset: str = Field("shapes-on-scenes", description="shapes-on-scenes, or imagefolder:DIR")
@@ -91,6 +133,7 @@ class Parameters(BaseModel):
         return name
 
     _writable = field_validator("output")(_folder)
+    _distinct = field_validator("*")(_each_once)
 
     @model_validator(mode="after")
     def _patches_fill_the_image(self) -> Parameters:
@@ -116,37 +159,33 @@ class Study(Parameters):
         {}, description='options of methods, e.g. {"integrated_gradients": {"max_steps": 32}}'
     )
 
-    @field_validator("models")
-    @classmethod
-    def _known_models(cls, specs: list[str]) -> list[str]:
-        for spec in specs:
-            check_spec(spec)
-        return specs
+    _models = field_validator("models")(_known_models)
 
     @field_validator("methods")
     @classmethod
-    def _known_methods(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in METHODS:
-                raise unknown("method", name, METHODS)
-        return names
-
-    @field_validator("methods")
-    @classmethod
-    def _controls_are_no_methods(cls, names: list[str]) -> list[str]:
+    def _methods_and_controls(cls, names: list[str]) -> list[str]:
         if cls.controls_apart and (found := [name for name in names if name in CONTROLS]):
             raise HarmonizeError(f"{found[0]} is a control, which this notebook has anyway: leave it out of methods")
+        for name in names:
+            _check_method(name, [m for m in METHODS if not (cls.controls_apart and m in CONTROLS)])
         return names
 
     @field_validator("options")
     @classmethod
     def _known_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        cls._known_methods(list(options))
         for method, chosen in options.items():
+            _check_method(method, METHODS)
             for name in chosen:
                 if name not in METHODS[method].options:
                     raise unknown(f"option of {method}", name, METHODS[method].options)
         return options
+
+    @model_validator(mode="after")
+    def _sensible_options(self) -> Study:
+        if (side := SIDES.get(self.dataset.partition(":")[0])) is not None:
+            for method in self.methods:
+                check_options(method, self.options.get(method, {}), side)
+        return self
 
 
 class Patches(Study):
@@ -219,6 +258,7 @@ class Harmonization(Patches):
     n_shown: int = Field(2, ge=1, le=8, description="images in the gallery")
 
     _known = field_validator("rules", "rule")(_known_rules)
+    _shortcut = field_validator("shortcut_methods")(_known_methods)
 
 
 class FeatureDetectors(Study):
@@ -257,7 +297,7 @@ class Bam(Study):
     relative_models: list[str] = Field(
         ["resnet-scene_k{k}", "swin-scene_k{k}"], description="models for RMCS, {k} stands for the commonality"
     )
-    commonalities: list[int] = Field(
+    commonalities: list[Annotated[int, Field(ge=1, le=9)]] = Field(
         [1, 3, 5, 7, 9], description="scene classes of 10 that show the object; each is compared with all 10"
     )
     relative_pair: list[str] = Field(
@@ -272,6 +312,8 @@ class Bam(Study):
     n_shown: int = Field(3, ge=1, le=8, description="images in the gallery")
 
     _known = field_validator("rules", "rule")(_known_rules)
+    _harmonized = field_validator("harmonized_methods")(_known_methods)
+    _scenes = field_validator("scene_models", "scene_only_models")(_known_models)
 
 
 class ExpectedGradients(Parameters):
@@ -312,18 +354,18 @@ class AttributionPriors(Study):
     pixel_recipe: Literal["small", "paper"] = Field("small", description="network and training of the pixel prior")
     pixel_epochs: int = Field(0, ge=0, le=1000, description="epochs of the pixel prior, 0 for the recipe's")
     pixel_seeds: int = Field(5, ge=2, le=100, description="networks per arm and weight of the pixel prior")
-    pixel_weights: list[float] = Field(
+    pixel_weights: list[PositiveFloat] = Field(
         [0.0003, 0.001, 0.003, 0.01], min_length=1, description="weights of the pixel prior that are tried"
     )
     tolerance: float = Field(0.01, ge=0, le=1, description="validation accuracy the pixel prior may cost")
-    flips: list[float] = Field(
+    flips: list[Share] = Field(
         [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3], min_length=2, description="shares of flipped pixels"
     )
-    sigmas: list[float] = Field(
+    sigmas: list[NonNegativeFloat] = Field(
         [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], min_length=2, description="Gaussian noise, share of the pixels' range"
     )
     graph_seeds: int = Field(10, ge=2, le=1000, description="simulations of expression on a graph")
-    graph_shares: list[float] = Field(
+    graph_shares: list[Share] = Field(
         [0.0, 0.25, 0.5, 0.75, 1.0], min_length=2, description="shares of the graph's edges that are rewired"
     )
     table: str = Field("diabetes", description="of the sparsity prior: diabetes, breast_cancer, csv:FILE[,FILE]")
@@ -331,17 +373,19 @@ class AttributionPriors(Study):
     horizon: float = Field(0.0, ge=0, description="0: outcome is 0 or 1; else: follow-up time, event within this")
     replicates: int = Field(50, ge=2, le=1000, description="splits of the table")
     penalty_weights: int = Field(7, ge=1, le=200, description="weights of each penalty that are tried")
-    hidden: list[int] = Field([32, 16], min_length=1, description="hidden layers of the table's networks")
+    hidden: list[Width] = Field([32, 16], min_length=1, description="hidden layers of the table's networks")
     penalty_epochs: int = Field(100, ge=1, le=10_000, description="full-batch steps of the table's networks")
     fine_tuned: list[str] = Field(["resnet-obj", "swin-obj"], min_length=1, description="models the consensus trains")
     judges: list[str] = Field(["vit-obj", "convnext-obj"], min_length=1, description="held-out model for each of them")
     consensus_method: str = Field("input_x_gradient", description="method whose maps are pooled")
     train_images: int = Field(500, ge=50, le=100_000, description="images the consensus prior trains on")
     tuning_epochs: int = Field(2, ge=1, le=100, description="passes over them")
-    tuning_seeds: list[int] = Field([0, 1, 2], min_length=2, description="seeds of the fine-tuning")
-    tuning_weights: list[float] = Field([1.0, 10.0], min_length=1, description="weights that are tried")
+    tuning_seeds: list[NonNegativeInt] = Field([0, 1, 2], min_length=2, description="seeds of the fine-tuning")
+    tuning_weights: list[PositiveFloat] = Field([1.0, 10.0], min_length=1, description="weights that are tried")
     n_accuracy: int = Field(1000, ge=100, le=10_000, description="test images for clean accuracy")
     n_shown: int = Field(5, ge=1, le=8, description="images in the galleries")
+
+    _consensus = field_validator("consensus_method")(_known_methods)
 
 
 class RealityChecks(Study):
@@ -388,8 +432,13 @@ class Decomposition(Parameters):
     strength: float = Field(0.1, gt=0, le=1, description="perturbation of a pixel, images lie in [0, 1]")
     percentile: float = Field(95.0, ge=0, le=100, description="what a hierarchy takes up in each round")
     patch: int = Field(4, ge=1, description="side of a unit in pixels, in the trees of scenes")
+    scene_percentile: float = Field(99.0, ge=0, le=100, description="what it takes up in the trees of scenes")
     rounds: int = Field(8, ge=0, le=1000, description="rounds of growth in the trees drawn")
     n_shown: int = Field(2, ge=1, le=6, description="right, and wrong, predictions in the pictures of trees")
+
+
+def _is_short(wavelet: pywt.Wavelet) -> bool:
+    return wavelet.orthogonal and wavelet.rec_len <= 10
 
 
 class Simulation(BaseModel):
@@ -401,6 +450,7 @@ class Simulation(BaseModel):
     output: str = Field("", description="folder for the figures, empty for the one of the repository")
 
     _writable = field_validator("output")(_folder)
+    _distinct = field_validator("*")(_each_once)
 
 
 class ExplanationPenalties(Simulation):
@@ -413,7 +463,7 @@ class ExplanationPenalties(Simulation):
     seeds: int = Field(5, ge=2, le=100, description="networks per penalty and strength")
     epochs: int = Field(10, ge=1, le=1000, description="passes over the training images")
     batch_size: int = Field(50, ge=2, le=1000, description="images per step")
-    strengths: list[float] = Field(
+    strengths: list[PositiveFloat] = Field(
         [0.1, 1.0, 10.0, 100.0, 1000.0],
         min_length=2,
         description="weights λ that are tried, in units: 0.01 CDEP (paper), 1 CDEP (code), 1 RRR, 0.1 EG",
@@ -431,10 +481,23 @@ class Transformations(Simulation):
         ["coif1", "db3", "sym4"], min_length=1, description="generating wavelets, at most 10 taps"
     )
     seeds: int = Field(5, ge=2, le=100, description="data sets and teachers per wavelet")
-    n_signals: int = Field(1000, ge=64, le=100_000, description="training signals of a teacher, as many for testing")
-    steps: int = Field(1000, ge=10, le=100_000, description="steps of the distillation")
-    sparsity: float = Field(0.005, ge=0, description="weight of the coefficients' L1 norm")
+    n_signals: int = Field(
+        1000, ge=64, le=100_000, description="training signals of a teacher, as many for validation, and for testing"
+    )
+    steps: int = Field(1000, ge=10, le=100_000, description="steps of each distillation")
+    sparsities: list[NonNegativeFloat] = Field(
+        [0.005, 0.02, 0.1, 0.3], min_length=1, description="weights of the coefficients' L1 norm that are tried"
+    )
     interpretation: float = Field(1.0, ge=0, description="weight of their importance's L1 norm")
+
+    @field_validator("wavelets")
+    @classmethod
+    def _short_wavelets(cls, names: list[str]) -> list[str]:
+        short = [name for name in pywt.wavelist(kind="discrete") if _is_short(pywt.Wavelet(name))]
+        for name in names:
+            if name not in short:
+                raise unknown("orthogonal wavelet of at most 10 taps", name, short)
+        return names
 
 
 NOTEBOOKS: dict[str, type[BaseModel]] = {
@@ -474,6 +537,30 @@ def parameters_cell(notebook: str) -> str:
     return "\n".join(lines)
 
 
+def known(notebook: str) -> dict[str, list[str]]:
+    """Names that a notebook's parameters take.
+
+    Parameters
+    ----------
+    notebook : str
+        A key of ``NOTEBOOKS``.
+
+    Returns
+    -------
+    dict[str, list[str]]
+        By parameter: models of the zoo with the classes of the data (besides them, any timm tag or python callable of
+        such classes), attribution methods, rules of consensus.
+    """
+    kind = NOTEBOOKS[notebook]
+    apart = CONTROLS if getattr(kind, "controls_apart", False) else ()
+    names = {
+        "models": sorted(name for name, entry in manifest().items() if tuple(entry["classes"]) == shapes.OBJECTS),
+        "methods": [method for method in METHODS if method not in apart],
+        "rules": list_rules(),
+    }
+    return {field: names[field] for field in kind.model_fields if field in names}
+
+
 def check(notebook: str, values: Mapping[str, Any]) -> Any:
     """Check the parameters of a notebook.
 
@@ -505,7 +592,7 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
     }
     for name in given:
         if name not in kind.model_fields:
-            raise unknown(f"parameter of {notebook}", name, kind.model_fields)
+            raise unknown(f"parameter of {notebook}", name, kind.model_fields, f"harmonize params {notebook[:2]}")
     try:
         return kind(**{name: _integers_as_floats(kind, name, value) for name, value in given.items()})
     except ValidationError as error:
@@ -515,6 +602,9 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         place = ".".join(str(part) for part in first["loc"]) or str(first["type"])
         value = first["ctx"]["fraction"] if first["type"] == "fraction" else first["input"]
         message = first["msg"].lower().replace(" after validation", "")
+        if first["type"] == "string_type" and isinstance(value, dict):  # how YAML reads 'imagefolder: DIR'
+            key, rest = next(iter(value.items()), ("name", None))
+            message = f"write one text without a space, as in {str(key)[:30]}:{str(rest or 'DIR')[:30]}"
         raise HarmonizeError(f"parameter {place!r} of {notebook}: {message}; got {str(value)[:60]!r}") from None
 
 
@@ -529,7 +619,7 @@ def recorded(settings: BaseModel) -> dict[str, Any]:
     Returns
     -------
     dict[str, Any]
-        All but ``output``; of a data set's folder the name, of models what stands before the question mark.
+        All but ``output``; of a data set's folder and of models' weights files the name.
     """
     values = settings.model_dump(exclude={"output"})
     for name in ("dataset", "digits", "pixels"):
@@ -537,7 +627,7 @@ def recorded(settings: BaseModel) -> dict[str, Any]:
             kind, colon, folder = values[name].partition(":")
             values[name] = f"{kind}{colon}{Path(folder).name}"
     if "models" in values:
-        values["models"] = [spec.partition("?")[0] for spec in values["models"]]
+        values["models"] = [re.sub(r"(?<=[?&]weights=)[^&]*/", "", spec) for spec in values["models"]]
     return values
 
 

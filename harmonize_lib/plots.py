@@ -230,17 +230,18 @@ def save_figure(
 
 
 def _commit() -> str:
+    """The commit, with -dirty where the library or the weights are not as it has them."""
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],  # noqa: S607
-            cwd=paths.ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", "harmonize_lib", "data")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return result.stdout.strip()
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*command: str) -> str:
+    line = ["git", *command]
+    return subprocess.run(line, cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
 
 
 def gallery(

@@ -507,20 +507,26 @@ def choose_weights(table: pd.DataFrame, tolerance: float) -> dict[str, float]:
     return chosen
 
 
-def in_words(chosen: dict[str, float]) -> str:
+def in_words(chosen: dict[str, float], tried: Sequence[float]) -> str:
     """Say the chosen weights.
 
     Parameters
     ----------
     chosen : dict[str, float]
         From :func:`choose_weights`.
+    tried : Sequence[float]
+        All weights.
 
     Returns
     -------
     str
         One line.
     """
-    words = {arm: "no weight is allowed" if weight != weight else f"λ = {weight:g}" for arm, weight in chosen.items()}
+    ends = {min(tried): ", the smallest tried", max(tried): ", the largest tried"}
+    words = {
+        arm: "no weight is allowed" if weight != weight else f"λ = {weight:g}{ends.get(weight, '')}"
+        for arm, weight in chosen.items()
+    }
     return "; ".join(f"{arm}: {word}" for arm, word in words.items() if arm != "baseline")
 
 
@@ -585,12 +591,52 @@ def gain(
     Interval
         Paired difference over seeds with its t interval; n = 0 where no weight was allowed or a level is missing.
     """
+    pair = _accuracies(results, chosen, levels, noise, at, against)
+    return Interval(float("nan"), float("nan"), float("nan"), 0) if pair is None else t_interval(pair[0] - pair[1])
+
+
+def gain_ratio(
+    results: dict[tuple[str, float], dict[str, Tensor]],
+    chosen: dict[str, float],
+    levels: Mapping[str, Sequence[float]],
+    noise: str,
+) -> Interval:
+    """Accuracy with the prior on expected gradients over the baseline's at the highest level of noise, seed by seed.
+
+    Parameters
+    ----------
+    results : dict[tuple[str, float], dict[str, Tensor]]
+        From :func:`pixel_study`.
+    chosen : dict[str, float]
+        From :func:`choose_weights`.
+    levels : Mapping[str, Sequence[float]]
+        Noise to its levels.
+    noise : str
+        A name of ``NOISES``.
+
+    Returns
+    -------
+    Interval
+        Mean ratio over seeds with its t interval; n = 0 where no weight was allowed.
+    """
+    pair = _accuracies(results, chosen, levels, noise, [max(levels[noise])], "baseline")
+    return Interval(float("nan"), float("nan"), float("nan"), 0) if pair is None else t_interval(pair[0] / pair[1])
+
+
+def _accuracies(
+    results: dict[tuple[str, float], dict[str, Tensor]],
+    chosen: dict[str, float],
+    levels: Mapping[str, Sequence[float]],
+    noise: str,
+    at: Sequence[float],
+    against: str,
+) -> tuple[Tensor, Tensor] | None:
+    """Accuracy per seed of our arm and another, mean over levels; None where a weight or a level is missing."""
     places = [list(levels[noise]).index(level) for level in at if level in levels[noise]]
-    pair = [results.get((arm, chosen[arm])) for arm in (OURS, against)]
-    if len(places) < len(at) or not places or pair[0] is None or pair[1] is None:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    ours, theirs = (values[noise][:, places].mean(1) for values in pair if values is not None)
-    return t_interval(ours - theirs)
+    ours, theirs = (results.get((arm, chosen[arm])) for arm in (OURS, against))
+    if len(places) < len(at) or not places or ours is None or theirs is None:
+        return None
+    return ours[noise][:, places].mean(1), theirs[noise][:, places].mean(1)
 
 
 def gallery(
@@ -649,10 +695,9 @@ def claims_of(
     dict[str, Interval]
         Claim id to what was measured.
     """
-    above = [level for level in levels["Gaussian noise"] if level > 0]
     return {
         "prior_flipped_pixels": gain(results, chosen, levels, "flipped pixels", [0.1]),
-        "prior_gaussian_noise": gain(results, chosen, levels, "Gaussian noise", above),
+        "prior_gaussian_noise": gain_ratio(results, chosen, levels, "Gaussian noise"),
     }
 
 

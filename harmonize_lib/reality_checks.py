@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from harmonize_lib import plots, sanity, study
@@ -29,6 +31,7 @@ from harmonize_lib.study import Run
 HARMONIZED, SINGLE = "harmonized", "single models"
 CASCADING, INDEPENDENT, SECOND_SEED, RANDOM_LABELS = "cascading", "independent", "second seed", "random labels"
 MEMORIZED = 0.95  # share of the training images with random labels
+BLINKERED = 8  # images of the axiom
 VERDICT_COLORS = {REPRODUCED: "#9fd8b8", PARTLY: "#fbe3a1", NOT: "#f4b393", UNTESTABLE: "#dddddd"}
 
 Maps = dict[tuple[str, str], Tensor]
@@ -303,7 +306,8 @@ def sensitivity(table: pd.DataFrame, check: str, seed: int) -> pd.DataFrame:
     pd.DataFrame
         Columns ``maps`` (``SINGLE``: mean over models; ``HARMONIZED``), ``measure``, ``method``, ``before`` (similarity
         to the second seed), ``after`` (to the destroyed model), ``mean``, ``low``, ``high``, ``n``, ``p`` of before -
-        after, paired by image, and ``holm`` over the methods of one measure and kind of maps.
+        after, paired by image, and ``holm`` over the methods of one measure and kind of maps. Magnitudes have no row
+        where they say what values say, because maps have no negative ones: harmonized maps never have.
     """
     both = _paired(table, check)
     rows = []
@@ -313,6 +317,8 @@ def sensitivity(table: pd.DataFrame, check: str, seed: int) -> pd.DataFrame:
     found = pd.DataFrame(
         rows, columns=["maps", "measure", "method", "before", "after", "mean", "low", "high", "n", "p"]
     )
+    again = found.duplicated(["maps", "method", "before", "after"]) & (found["measure"] == "spearman_of_magnitudes")
+    found = found[~again].reset_index(drop=True)
     tested = ~found["method"].isin(CONTROLS)
     found["holm"] = found[tested].groupby(["maps", "measure"])["p"].transform(holm)
     return found
@@ -446,6 +452,8 @@ def findings(weights: pd.DataFrame, labels: pd.DataFrame, by_weights: pd.DataFra
         for maps in (SINGLE, HARMONIZED):
             for measure in sanity.SIMILARITIES:
                 part = found[(found["maps"] == maps) & (found["measure"] == measure) & ~found["method"].isin(CONTROLS)]
+                if not len(part):
+                    continue
                 fails = part[~((part["low"] > 0) & (part["holm"] < 0.05))]
                 names = ", ".join(plots.label(name) for name in fails["method"])
                 lines.append(
@@ -453,13 +461,176 @@ def findings(weights: pd.DataFrame, labels: pd.DataFrame, by_weights: pd.DataFra
                     f"seed ({maps}, {plots.label(measure)}; Holm-corrected p < 0.05)"
                     + (f". Not shown for: {names}." if names else ".")
                 )
+    told = [coverage(table, check) for table, check in ((weights, "weights"), (labels, "labels")) if len(table)]
     undefined = pd.concat([weights, labels]).groupby("method", sort=False)["value"].agg(lambda v: int(v.isna().sum()))
     undefined = undefined[undefined > 0]
-    told = ", ".join(f"{plots.label(name)} {count}" for name, count in undefined.items()) or "none"
-    return "\n".join([*lines, f"- Similarities left out because a map was undefined: {told}."])
+    missing = ", ".join(f"{plots.label(name)} {count}" for name, count in undefined.items()) or "none"
+    return "\n".join([*told, *lines, f"- Similarities left out because a map was undefined: {missing}."])
 
 
-def facts(weights: pd.DataFrame, known: pd.DataFrame) -> dict[str, bool]:
+def coverage(table: pd.DataFrame, check: str) -> str:
+    """Say which networks and how many methods a check covers, and what the consensus pools.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From :func:`weight_table` or :func:`label_table`.
+    check : str
+        What is destroyed.
+
+    Returns
+    -------
+    str
+        A line of Markdown.
+    """
+    own = table[~table["method"].isin(CONTROLS)]
+    single = own[own["model"] != HARMONIZED]
+    pooled = set(own.loc[own["model"] == HARMONIZED, "method"])
+    sizes = single[single["method"].isin(pooled)].groupby("method")["model"].nunique().value_counts()
+    pools = ", ".join(f"{count} methods pool {size} networks" for size, count in sizes.items()) or "none"
+    alone = ", ".join(plots.label(name) for name in dict.fromkeys(single["method"]) if name not in pooled) or "none"
+    names = ", ".join(plots.label(name) for name in dict.fromkeys(single["model"]))
+    return (
+        f"- The check of {check} covers {single['method'].nunique()} methods on {names}, each where it is defined, and "
+        f"{single['image'].nunique()} images. Harmonized maps: {pools}; on one network only: {alone}."
+    )
+
+
+class Blinkered(nn.Module):
+    """A network behind blinkers: the right half of its input is set to 0, whatever it was.
+
+    Parameters
+    ----------
+    network : nn.Module
+        The network.
+    size : tuple[int, int]
+        Height and width of its input.
+    """
+
+    seen: Tensor
+
+    def __init__(self, network: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("seen", left_half(*size).float())
+        if isinstance(pool := getattr(network, "global_pool", None), str):
+            self.global_pool = pool  # where attention rollout starts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits from the left half alone.
+
+        Parameters
+        ----------
+        x : Tensor
+            (N, C, H, W) the network's input.
+
+        Returns
+        -------
+        Tensor
+            (N, K) logits.
+        """
+        return self.network(x * self.seen)
+
+
+def left_half(height: int, width: int) -> Tensor:
+    """What a blinkered network sees.
+
+    Parameters
+    ----------
+    height : int
+        Pixels.
+    width : int
+        Pixels.
+
+    Returns
+    -------
+    Tensor
+        (H, W) bool.
+    """
+    return (torch.arange(width) < width // 2).expand(height, -1)
+
+
+def blinkered(model: Model, size: tuple[int, int]) -> Model:
+    """Make a model ignore the right half of every image.
+
+    Parameters
+    ----------
+    model : Model
+        Left as it is.
+    size : tuple[int, int]
+        Height and width of the images.
+
+    Returns
+    -------
+    Model
+        A copy whose logits do not depend on the right half; places are read from the same layer.
+    """
+    network = Blinkered(copy.deepcopy(model.network), model.input_size or size)
+    mean, deviation = (tuple(values.flatten().tolist()) for values in (model.mean, model.std))
+    name = f"{model.name}-blinkered"
+    other = Model(network, name, model.architecture, model.classes, mean, deviation, model.input_size)
+    if model.geometry is not None:
+        other.geometry = replace(model.geometry, layer=f"network.{model.geometry.layer}")
+    return other.to(model.mean.device)
+
+
+def insensitivity(run: Run, methods: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Axiom: what a network ignores gets nothing. Share of a map's magnitude on the half that its network ignores.
+
+    Parameters
+    ----------
+    run : Run
+        Gives models, the first ``BLINKERED`` images, options and seed.
+    methods : Mapping[str, Sequence[str]]
+        From :func:`defined_methods`; the controls are added.
+
+    Returns
+    -------
+    pd.DataFrame
+        Columns ``method``, ``mean``, ``low``, ``high``, ``n`` images, mean over the models: 0 keeps the axiom, 0.5 is
+        a map that does not know which half it is.
+
+    References
+    ----------
+    Sundararajan, Taly, Yan 2017 (arXiv 1703.01365), sensitivity (b); in games, the axiom of the dummy.
+    """
+    settings, dataset = run.settings, run.dataset.select(torch.arange(min(BLINKERED, len(run.dataset))))
+    height, width = dataset.images.shape[2:]
+    ignored = ~left_half(height, width)
+    rows = []
+    for name, model in run.models.items():
+        other = blinkered(model, (height, width))
+        for method in dict.fromkeys([*methods[name], *CONTROLS]):
+            sizes = _maps(other, dataset, method, settings.seed, settings.options.get(method, {})).abs()
+            share = (sizes * ignored).sum((1, 2)) / sizes.sum((1, 2))
+            rows.append(pd.DataFrame({"method": method, "model": name, "image": dataset.ids, "share": share}))
+    table = pd.concat(rows, ignore_index=True)
+    names = [*settings.methods, *(name for name in CONTROLS if name not in settings.methods)]
+    table["method"] = pd.Categorical(table["method"], names)
+    return summarize(table, ["method"], "share", settings.seed)
+
+
+def draw_insensitivity(shares: pd.DataFrame) -> Figure:
+    """Share of each map on the half that its network ignores.
+
+    Parameters
+    ----------
+    shares : pd.DataFrame
+        From :func:`insensitivity`.
+
+    Returns
+    -------
+    Figure
+        The figure.
+    """
+    figure, ax = plt.subplots(figsize=(5.6, 0.2 * len(shares) + 0.9))
+    plots.forest(ax, shares, "method", "The network sees the left half alone", "share of magnitude on the right half")
+    ax.axvline(0.5, color="0.35", ls="--", lw=1, label="knows no half")
+    ax.legend(fontsize=6.5, loc="upper center")
+    return figure
+
+
+def facts(weights: pd.DataFrame, known: pd.DataFrame, shares: pd.DataFrame) -> dict[str, bool]:
     """What must hold for the checks to mean anything.
 
     Parameters
@@ -468,6 +639,8 @@ def facts(weights: pd.DataFrame, known: pd.DataFrame) -> dict[str, bool]:
         From :func:`weight_table`.
     known : pd.DataFrame
         From :func:`memorized`.
+    shares : pd.DataFrame
+        From :func:`insensitivity`.
 
     Returns
     -------
@@ -481,6 +654,9 @@ def facts(weights: pd.DataFrame, known: pd.DataFrame) -> dict[str, bool]:
         and bool((edges > 0.999).all()),
         f"models of random labels memorized at least {MEMORIZED:.0%} of their training images": bool(len(learned))
         and bool((learned >= MEMORIZED).all()),
+        "a gradient (saliency) is 0 where the network does not look": bool(
+            (shares.loc[shares["method"] == "saliency", "mean"] == 0).all()
+        ),
     }
 
 
@@ -664,9 +840,10 @@ def draw_sensitivity(found: pd.DataFrame, title: str) -> Figure:
     )
     for ax, maps in zip(axes[0], kinds, strict=True):
         part = found[found["maps"] == maps].assign(method=lambda rows: pd.Categorical(rows["method"], order))
+        part = part.sort_values("measure", key=lambda names: names == "spearman_of_magnitudes", kind="stable")
         plots.forest(ax, part, "method", plots.label(maps).capitalize(), "", "measure")
         ax.set_ylim(len(order) - 0.5, -0.5)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=7)
     figure.supxlabel("similarity to a second seed − similarity to the destroyed model", fontsize=8)
     figure.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
     return figure
@@ -676,7 +853,10 @@ def draw_sensitivity(found: pd.DataFrame, title: str) -> Figure:
 
 
 class Check(NamedTuple):
-    """A column of the report card: which table of which notebook holds it, in which rows and columns."""
+    """A column of the report card: which table of which notebook holds it, in which rows and columns.
+
+    ``better``: 1 higher; -1 nearer to 0; 0 not ranked.
+    """
 
     title: str
     notebook: str
@@ -685,26 +865,32 @@ class Check(NamedTuple):
     better: int
     method: str = "method"
     value: str = "mean"
+    empty: str = ""  # why a method has no value, where that is not that the notebook leaves it out
 
 
 K = 0.05  # share of patches at which notebooks 04 and 05 are read
 THIS = "13_reality_checks"
 CHECKS: dict[str, Check] = {
-    "completeness": Check("relative\ncompleteness gap", "02_attribution_extraction", "completeness", {}, -1),
-    "weights": Check(
-        "weights destroyed,\nsimilarity lost",
-        THIS,
-        "sensitivity_weights",
-        {"maps": SINGLE, "measure": "spearman"},
-        1,
+    "completeness": Check(
+        "relative\ncompleteness gap", "02_attribution_extraction", "completeness", {}, -1, empty="promises no sum"
     ),
-    "labels": Check(
-        "labels destroyed,\nsimilarity lost",
-        THIS,
-        "sensitivity_labels",
-        {"maps": SINGLE, "measure": "spearman"},
-        1,
-    ),
+    "ignored": Check("axiom: share on what\nthe network ignores", THIS, "insensitivity", {}, -1),
+    **{
+        f"{what}{ending}": Check(
+            f"{what} destroyed,\nsimilarity {word}",
+            THIS,
+            f"sensitivity_{what}",
+            {"maps": SINGLE, "measure": "spearman"},
+            better,
+            value=value,
+            empty=empty,
+        )
+        for what, empty in (
+            ("weights", "a control that is not randomized here"),
+            ("labels", "a control, or not defined for the networks that have a twin of random labels"),
+        )
+        for ending, word, value, better in (("_left", "left", "after", -1), ("", "lost", "mean", 0))
+    },
     **{
         metric: Check(f"BAM\n{metric}", "07_bam", "metrics_original", {"metric": metric, "model": "mean"}, 1)
         for metric in ("MCS", "IDR", "IIR")
@@ -780,8 +966,9 @@ def report_card(figures: Path, methods: Sequence[str]) -> tuple[pd.DataFrame, li
     -------
     tuple[pd.DataFrame, list[str]]
         Columns ``check``, ``method``, ``value`` (the median over models where a table tells them apart), ``beats``
-        (share of the other methods, controls left out, that do worse on this check; ties count half); and one line
-        per check that is missing. A method that a notebook has not measured has no row.
+        (share of the other methods, controls left out, that do worse on this check; ties count half; NaN where the
+        check ranks nobody); and one line per check that is missing. A method that a notebook has not measured has no
+        row.
     """
     parts, missing = [], []
     for name, check in CHECKS.items():
@@ -792,11 +979,39 @@ def report_card(figures: Path, methods: Sequence[str]) -> tuple[pd.DataFrame, li
             missing.append(f"{name}: no table of {check.notebook}; run that notebook first")
             continue
         values = rows.groupby(check.method)[check.value].median().reindex(methods).dropna()
-        ranked = check.better * values[~values.index.isin(CONTROLS)].to_numpy()
-        beats = [_share_beaten(check.better * values[method], ranked, method in CONTROLS) for method in values.index]
+        score = values if check.better > 0 else -values.abs()
+        ranked = score[~score.index.isin(CONTROLS)].to_numpy()
+        beats = [_share_beaten(score[method], ranked, method in CONTROLS) for method in score.index]
+        if check.better == 0:
+            beats = [np.nan] * len(values)
         parts.append(pd.DataFrame({"check": name, "method": values.index, "value": values.to_numpy(), "beats": beats}))
     empty = pd.DataFrame(columns=["check", "method", "value", "beats"])
     return pd.concat(parts, ignore_index=True) if parts else empty, missing
+
+
+def empty_cells(card: pd.DataFrame, methods: Sequence[str]) -> list[str]:
+    """Say why methods have no value on a check.
+
+    Parameters
+    ----------
+    card : pd.DataFrame
+        From :func:`report_card`.
+    methods : Sequence[str]
+        Rows of the card.
+
+    Returns
+    -------
+    list[str]
+        One line per reason, for the checks whose table is there.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, part in card.groupby("check", sort=False):
+        check = CHECKS[name]
+        without = ", ".join(plots.label(method) for method in methods if method not in set(part["method"]))
+        reason = check.empty or f"not among the methods of notebook {check.notebook[:2]}"
+        if without:
+            reasons.setdefault(f"{reason}: {without}", []).append(check.title.replace("\n", " "))
+    return [f"{'; '.join(titles)} · {reason}" for reason, titles in reasons.items()]
 
 
 def _share_beaten(value: float, ranked: np.ndarray, outside: bool) -> float:
@@ -821,16 +1036,18 @@ def harmonized_card(figures: Path, rule: str, sharper: Mapping[str, Interval]) -
     -------
     tuple[pd.DataFrame, list[str]]
         Columns ``check``, ``method`` (``SINGLE`` or ``HARMONIZED``), ``value``, ``beats`` (1: better than the other,
-        the 95 % interval leaves 0 out; 0: worse; 0.5: undecided), and one line per table that is missing.
+        the 95 % interval leaves 0 out; 0: worse; 0.5: undecided; NaN: not compared), and one line per table that is
+        missing.
     """
     rows: list[tuple[str, float, float, float]] = []  # check, single, harmonized, verdict
     missing = []
     for name, table in OWN_TABLES.items():
-        found = read_table(figures, THIS, table, ["maps", "measure", "method", "mean"])
+        found = read_table(figures, THIS, table, ["maps", "measure", "method", "after", "mean"])
         if found is not None and sharper[name].n:
-            levels = _rows(found, {"measure": "spearman"}).pivot(index="method", columns="maps", values="mean")
-            levels = levels[~levels.index.isin(CONTROLS)].dropna()
-            rows.append((name, levels[SINGLE].mean(), levels[HARMONIZED].mean(), _side(*sharper[name][1:3])))
+            for check, column, side in ((f"{name}_left", "after", np.nan), (name, "mean", _side(*sharper[name][1:3]))):
+                levels = _rows(found, {"measure": "spearman"}).pivot(index="method", columns="maps", values=column)
+                levels = levels[~levels.index.isin(CONTROLS)].dropna()
+                rows.append((check, levels[SINGLE].mean(), levels[HARMONIZED].mean(), side))
         else:
             missing.append(f"{name}: no harmonized maps in {THIS}/{table}")
     needed = ["metric", "variant", "rule", "consensus", "members", "low", "high"]
@@ -894,7 +1111,8 @@ def draw_card(card: pd.DataFrame, pair: pd.DataFrame, methods: Sequence[str]) ->
             ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor="0.9", edgecolor="white"))
         for line in table.itertuples():
             y, x = places[line.method, line.check]
-            ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=colors(0.75 * line.beats), edgecolor="white"))
+            color = "white" if np.isnan(line.beats) else colors(0.75 * line.beats)
+            ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white"))
             dark = "white" if line.beats > 0.75 else "black"
             ax.text(x + 0.5, y + 0.5, _short(line.value), ha="center", va="center", fontsize=7, color=dark)
         ax.set(xlim=(0, len(CHECKS)), ylim=(len(rows), 0))
@@ -903,7 +1121,7 @@ def draw_card(card: pd.DataFrame, pair: pd.DataFrame, methods: Sequence[str]) ->
         ax.tick_params(length=0)
         for side in ax.spines.values():
             side.set_visible(False)
-    arrows = [f"{check.title} {'↑' if check.better > 0 else '↓'}" for check in CHECKS.values()]
+    arrows = [f"{check.title} {('', '↑', '↓')[check.better]}".rstrip() for check in CHECKS.values()]
     axes[0].xaxis.tick_top()
     axes[0].set_xticks(
         np.arange(len(CHECKS)) + 0.5, arrows, fontsize=6.5, rotation=50, ha="left", rotation_mode="anchor"
@@ -911,7 +1129,7 @@ def draw_card(card: pd.DataFrame, pair: pd.DataFrame, methods: Sequence[str]) ->
     axes[1].set_xticks([])
     axes[1].set_title("mean over methods; darker: better with a 95 % interval", fontsize=7, fontweight="normal")
     figure.suptitle(
-        "Report card (↑ higher, ↓ lower is better; darker: beats more methods)",
+        "Report card (↑ higher, ↓ nearer to 0 is better; darker: beats more methods; white: not ranked)",
         fontsize=9,
         fontweight="bold",
         x=0.01,
@@ -959,6 +1177,7 @@ def draw_ledger(ledger: pd.DataFrame, columns: int = 6) -> Figure:
             ax.text(x + 0.485, top + 0.32, name, ha="center", va="center", fontsize=7)
             numbers = [float(value) for value in (claim.estimate, claim.low, claim.high)]
             said = "not measured" if np.isnan(numbers[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
+            said = f"{numbers[0]:.2f}, counted" if numbers[1] == numbers[2] else said
             ax.text(x + 0.485, top + 0.76, said, ha="center", va="center", fontsize=6)
         y += -(-len(part) // columns)
     ax.set(xlim=(0, columns), ylim=(y, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from harmonize_lib.agreement import spearman, ssim
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.models import Model, shuffled
 from harmonize_lib.storage import sha256_tensors
+
+ORIENTATIONS, CELL = 9, 8  # of histograms of oriented gradients; pixels
 
 
 def spearman_of_magnitudes(a: Tensor, b: Tensor) -> Tensor:
@@ -38,10 +42,65 @@ def spearman_of_magnitudes(a: Tensor, b: Tensor) -> Tensor:
     return spearman(a.abs(), b.abs())
 
 
+def gradient_histograms(maps: Tensor) -> Tensor:
+    """Histograms of oriented gradients: which way a map rises, cell by cell.
+
+    A pixel votes with the size of its gradient for the two of nine orientations, 20 degrees wide and without sign,
+    between whose centers its own lies, in shares that fall linearly with the distance; a cell is 8 x 8 pixels.
+
+    Parameters
+    ----------
+    maps : Tensor
+        (N, H, W) maps, any range; H and W at least 8.
+
+    Returns
+    -------
+    Tensor
+        (N, 9 * (H // 8) * (W // 8)) mean votes per orientation and cell, in units of the map per pixel.
+
+    References
+    ----------
+    Dalal & Triggs 2005, whose normalization of blocks is left out: it would weigh cells without attribution like all
+    others.
+    """
+    rise, slope = torch.gradient(maps, dim=(1, 2))
+    size, place = torch.hypot(rise, slope), torch.atan2(rise, slope) * (ORIENTATIONS / math.pi) - 0.5
+    below = place.floor()
+    votes = maps.new_zeros(len(maps), ORIENTATIONS, *maps.shape[1:])
+    for step, share in ((0, 1 - (place - below)), (1, place - below)):
+        orientation = (below.nan_to_num().long() + step) % ORIENTATIONS
+        votes.scatter_(1, orientation[:, None], (share * size)[:, None])
+    return F.avg_pool2d(votes, CELL).flatten(1)
+
+
+def hog_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation of the histograms of oriented gradients of two maps.
+
+    Parameters
+    ----------
+    a : Tensor
+        (N, H, W) maps, any range, signed; H and W at least 8.
+    b : Tensor
+        (N, H, W) maps, any range, signed.
+
+    Returns
+    -------
+    Tensor
+        (N) in [-1, 1]; NaN if a map is constant.
+
+    References
+    ----------
+    Adebayo et al. 2018 (arXiv 1810.03292), section 3, with the cells of :func:`gradient_histograms`.
+    """
+    x, y = (h - h.mean(1, keepdim=True) for h in (gradient_histograms(a.double()), gradient_histograms(b.double())))
+    return ((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).to(a.dtype)
+
+
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "spearman": spearman,
     "spearman_of_magnitudes": spearman_of_magnitudes,
     "ssim": ssim,
+    "HOG": hog_correlation,
 }
 
 

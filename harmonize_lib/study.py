@@ -80,6 +80,7 @@ def start(notebook: str, values: Mapping[str, Any]) -> Run:
         A parameter, data set or model that will not do.
     """
     settings = parameters.check(notebook, values)
+    torch.set_num_threads(1)  # sums split over threads round differently, and what is stored is read by other runs
     provenance.check_injection()
     plots.style()
     started = time.monotonic()

@@ -595,7 +595,7 @@ class GraphRecipe(NamedTuple):
     noise: float = 1.0
     hidden: tuple[int, ...] = (64, 32)
     epochs: int = 200
-    grid: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    grid: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def graph_study(
@@ -837,6 +837,31 @@ def graph_claims(results: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Inter
     return measured
 
 
+def graph_in_words(results: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Say what the graph prior gains, and what a random graph does.
+
+    Parameters
+    ----------
+    results : Mapping[str, Mapping[str, Tensor]]
+        From :func:`graph_study`.
+
+    Returns
+    -------
+    str
+        Markdown: paired differences of R² over simulations, and how often a weight was an end of its grid.
+    """
+    pairs = [(TRUE_GRAPH, "none"), (RANDOM_GRAPH, "none"), (TRUE_GRAPH, "ridge"), (TRUE_GRAPH, "LASSO")]
+    lines = []
+    for ours, other in pairs:
+        if ours in results and other in results:
+            i = t_interval((results[ours]["r2"] - results[other]["r2"]).double().numpy())
+            numbers = f"{i.mean:+.4f} [{i.low:+.4f}, {i.high:+.4f}], n = {i.n}, p = {i.p:.2g}"
+            lines.append(f"- R², {_graph_name(ours)} minus {_graph_name(other)}: {numbers}")
+    ends = {arm: values["edge"].double().mean().item() for arm, values in results.items() if arm != "none"}
+    shown = ", ".join(f"{_graph_name(arm)} {share:.0%}" for arm, share in ends.items())
+    return "\n".join([*lines, f"- weight at an end of what was tried, share of simulations: {shown}"])
+
+
 def draw_graph(results: Mapping[str, Mapping[str, Tensor]]) -> tuple[Figure, pd.DataFrame]:
     """R² over the share of wrong edges, and what the true graph wins against each other arm.
 
@@ -870,7 +895,12 @@ def draw_graph(results: Mapping[str, Mapping[str, Tensor]]) -> tuple[Figure, pd.
 
 def _graph_name(arm: str) -> str:
     share = float(arm.removeprefix("rewired ")) if arm.startswith("rewired") else 0.0
-    names = {"none": "no prior", "gradients": "true graph, on gradients", RANDOM_GRAPH: "random graph"}
+    names = {
+        "none": "no prior",
+        "gradients": "true graph, on gradients",
+        TRUE_GRAPH: "true graph",
+        RANDOM_GRAPH: "random graph",
+    }
     return names.get(arm, f"{share:.0%} of edges rewired" if share else arm)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -300,12 +301,14 @@ def teachers(count: int, seed: int, width: int = 8) -> nn.Module:
 
 
 def distillation(
-    names: Sequence[str], seeds: int, n: int, steps: int, sparsity: float, interpretation: float, seed: int
+    names: Sequence[str], seeds: int, n: int, steps: int, sparsities: Sequence[float], interpretation: float, seed: int
 ) -> dict[str, Any]:
     """Train teachers on signals of known wavelets, distil them, and judge what comes out on unseen signals.
 
     Each descent begins at db5 and at sym5, and the lower loss on the training signals is kept: from one start alone
     it can end at a shifted copy of the wavelet, close by cosine and useless on the grid of a decimated transform.
+    With and without the interpretation loss, every weight of the sparsity term is tried, and of each data set's
+    wavelets the one whose peaks predict best on validation signals is kept.
 
     Parameters
     ----------
@@ -314,11 +317,11 @@ def distillation(
     seeds : int
         Data sets and teachers per wavelet.
     n : int
-        Training signals; as many test signals.
+        Training signals; as many for validation, and for testing.
     steps : int
-        Steps of the distillation.
-    sparsity : float
-        Weight of the coefficients' L1 norm.
+        Steps of each distillation.
+    sparsities : Sequence[float]
+        Weights of the coefficients' L1 norm.
     interpretation : float
         Weight of their importance's L1 norm.
     seed : int
@@ -328,10 +331,15 @@ def distillation(
     -------
     dict[str, Any]
         ``table`` (one row per wavelet, seed and arm: ``r2``, ``compression``, ``similarity``, ``atom_similarity``,
-        ``reconstruction``, ``orthonormality`` before and after the last step), ``filters`` ((S, 3, 10) by arm) and
-        ``history`` (terms of the loss over the steps, by arm).
+        ``reconstruction`` before and after the last step, ``orthonormality``, ``sparsity`` (the weight chosen)),
+        ``filters`` ((S, 3, 10) by arm) and ``history`` (terms of the loss over the steps, by arm).
     """
-    options: dict[str, Any] = {"n": n, "steps": steps, "sparsity": sparsity, "interpretation": interpretation}
+    options: dict[str, Any] = {
+        "n": n,
+        "steps": steps,
+        "sparsities": list(sparsities),
+        "interpretation": interpretation,
+    }
     results = []
     for name in tqdm(names, desc="distillation", mininterval=1):
         key = {"version": VERSION, "wavelet": name, "seeds": seeds, "seed": seed, **options}
@@ -354,60 +362,79 @@ def distillation(
 
 
 def _distil(
-    name: str, seeds: list[int], n: int, steps: int, sparsity: float, interpretation: float
+    name: str, seeds: list[int], n: int, steps: int, sparsities: list[float], interpretation: float
 ) -> dict[str, Tensor]:
     count = len(seeds)
-    x, y = simulate(name, 2 * n, seeds)
+    x, y = simulate(name, 3 * n, seeds)
     teacher = teachers(count, _stream(name, seeds[0]))
     slope, predicted = _teach(teacher, x, y, n, seeds[0])
+    signals, responses = x.double().split(n, 1), y.double().split(n, 1)
     true = reference_filter(name)
-    before, histories = [reference_filter(STARTS[0]).float().repeat(count, 1)], []
-    for weight in (0.0, interpretation):
-        found, history = _best_start(x[:, :n], slope, sparsity, weight, steps, seeds[0])
-        before.append(found)
-        histories.append(history)
-    filters = torch.stack([torch.stack([orthonormalize(each) for each in part]) for part in before], 1)
+    weights = [(sparsity, weight) for weight in (0.0, interpretation) for sparsity in sparsities]
+    tried, terms = _descents(x[:, :n], slope, weights, steps, seeds[0])
+    chosen = _by_validation(tried.view(2, len(sparsities), count, TAPS), signals, responses)
+    filters = torch.empty(count, len(ARMS), TAPS, dtype=torch.float64)
     empty = torch.full((count, len(ARMS) + 1), float("nan"), dtype=torch.float64)
-    names = "r2 compression similarity atom_similarity reconstruction orthonormality reconstruction_before"
+    names = "r2 compression similarity atom_similarity reconstruction orthonormality reconstruction_before sparsity"
     result = {column: empty.clone() for column in names.split()}
+    histories = torch.zeros(2, len(terms), len(HISTORY), dtype=torch.float64)
     for i in range(count):
-        result["r2"][i, -1] = _r2(predicted[i, n:], y[i, n:])
-        train, test = x[i, :n].double(), x[i, n:].double()
+        result["r2"][i, -1] = _r2(predicted[i, -n:], y[i, -n:])
+        test = signals[-1][i]
         for place in range(len(ARMS)):
-            h = filters[i, place]
-            result["r2"][i, place] = _least_squares(train, y[i, :n], test, y[i, n:], h)
+            before = reference_filter(STARTS[0])
+            if place:
+                at = (place - 1) * len(sparsities) + int(chosen[place - 1, i])
+                before = tried[at, i].double()
+                result["sparsity"][i, place] = weights[at][0]
+                histories[place - 1] += terms[:, at, i] / count
+            h = filters[i, place] = orthonormalize(before)
+            result["r2"][i, place] = _least_squares(signals[0][i], responses[0][i], test, responses[-1][i], h)
             result["compression"][i, place] = compression(test, h, LEVELS)
             result["similarity"][i, place] = filter_similarity(h, true)
             result["atom_similarity"][i, place] = filter_similarity(atom(h, SCALE), atom(true, SCALE))
             result["reconstruction"][i, place] = _missing(test, h)
-            result["reconstruction_before"][i, place] = _missing(test, before[place][i].double())
+            result["reconstruction_before"][i, place] = _missing(test, before)
             result["orthonormality"][i, place] = float(sum(structure(h).values()))
-    return {**result, "filters": filters, "history": torch.stack(histories)}
+    return {**result, "filters": filters, "history": histories}
 
 
-def _best_start(
-    x: Tensor, slope: Tensor, sparsity: float, interpretation: float, steps: int, seed: int
+def _descents(
+    x: Tensor, slope: Tensor, weights: list[tuple[float, float]], steps: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Descend from every start and keep, for each data set, the filter with the lowest loss on its signals.
+    """Descend with all weights from every start; for weights and data set keep the start that ends at the lower loss.
 
-    Filters (S, T), and the terms of the loss over the steps, mean over data sets.
+    Filters (W, S, T), and the terms of their losses over the steps (steps, W, S, 4).
     """
-    count, taken = len(x), len(STARTS)
-    start = torch.cat([reference_filter(name, TAPS).float().repeat(count, 1) for name in STARTS])
-    data = x.repeat(taken, 1, 1), slope.repeat(taken, 1, 1)
+    taken, tried = len(STARTS), len(weights) * len(x)
+    start = torch.cat([reference_filter(name, TAPS).float().repeat(tried, 1) for name in STARTS])
+    copies = (taken * len(weights), 1, 1)
+    data = x.repeat(copies), slope.repeat(copies)
+    by_filter = torch.tensor(weights).repeat_interleave(len(x), 0).repeat(taken, 1)
+    sparsity, interpretation = by_filter.T
     generator = torch.Generator().manual_seed(seed)
     found, history = descend(start, *data, LEVELS, sparsity, interpretation, generator, steps)
-    weights = {"sparsity": sparsity, "interpretation": interpretation}
+    weight = {"sparsity": sparsity, "interpretation": interpretation}
     terms = loss_terms(found, *data, LEVELS)
-    loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum(0)
-    chosen = loss.view(taken, count).argmin(0) * count + torch.arange(count)
+    loss = torch.stack([weight.get(name, 1.0) * term for name, term in terms.items()]).sum(0)
+    kept = loss.view(taken, tried).argmin(0) * tried + torch.arange(tried)
     history["orthonormality"] = history[list(STRUCTURE)].sum(axis=1)
-    kept = history[history["filter"].isin(chosen.tolist())]
-    return found[chosen], torch.tensor(kept.groupby("step")[list(HISTORY)].mean().to_numpy())
+    over = torch.tensor(history[list(HISTORY)].to_numpy()).view(-1, len(found), len(HISTORY))
+    return found[kept].view(len(weights), len(x), TAPS), over[:, kept].unflatten(1, (len(weights), len(x)))
+
+
+def _by_validation(tried: Tensor, signals: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+    """(arms, S) which of the filters (arms, W, S, T) predicts best on the second part of the signals."""
+    arms, count = tried.shape[:2], tried.shape[2]
+    r2 = torch.empty(*arms, count)
+    for arm, weight, i in product(*map(range, r2.shape)):
+        h = orthonormalize(tried[arm, weight, i])
+        r2[arm, weight, i] = _least_squares(signals[0][i], responses[0][i], signals[1][i], responses[1][i], h)
+    return r2.argmax(1)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds and wavelets.
+    """Means over seeds, by wavelet and arm.
 
     Parameters
     ----------
@@ -441,14 +468,15 @@ def measured_claims(recovered: pd.DataFrame, table: pd.DataFrame) -> dict[str, I
     Returns
     -------
     dict[str, Interval]
-        Claim id to interval; differences are paired over data sets.
+        Claim id to interval, those of wavelet distillation over seeds: the wavelets were chosen, not drawn, so each
+        seed gives one value, its mean over wavelets.
     """
     trained = recovered[recovered["network"] == "trained"]
     worst = trained.loc[trained["mean"].idxmin()]
-    by_arm = {arm: part.sort_values(["wavelet", "seed"]) for arm, part in table.groupby("arm")}
+    by_arm = {arm: part.groupby("seed").mean(numeric_only=True) for arm, part in table.groupby("arm")}
 
     def difference(measure: str, a: str, b: str) -> Interval:
-        return t_interval(by_arm[a][measure].to_numpy() - by_arm[b][measure].to_numpy())
+        return t_interval(by_arm[a][measure] - by_arm[b][measure])
 
     return {
         "trim_recovery": Interval(worst["mean"], worst["low"], worst["high"], int(worst["n"])),

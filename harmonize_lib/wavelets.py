@@ -172,8 +172,8 @@ def descend(
     x: Tensor,
     slope: Tensor,
     levels: int,
-    sparsity: float,
-    interpretation: float,
+    sparsity: float | Tensor,
+    interpretation: float | Tensor,
     generator: torch.Generator,
     steps: int = 1000,
     learning_rate: float = 0.01,
@@ -191,10 +191,10 @@ def descend(
         (S, n, L) gradient of the network at the signals.
     levels : int
         Depth.
-    sparsity : float
-        Weight lambda of the coefficients' L1 norm.
-    interpretation : float
-        Weight gamma of their importance's.
+    sparsity : float | Tensor
+        Weight lambda of the coefficients' L1 norm; (S) one for each filter.
+    interpretation : float | Tensor
+        Weight gamma of their importance's; (S) one for each filter.
     generator : torch.Generator
         Draws the signals of each step, on the CPU.
     steps : int
@@ -221,7 +221,7 @@ def descend(
             rows.append(table.assign(step=step, filter=range(len(table))))
         weights = {"sparsity": sparsity, "interpretation": interpretation}
         optimizer.zero_grad()
-        torch.stack([weights.get(name, 1.0) * term.sum() for name, term in terms.items()]).sum().backward()
+        torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum().backward()
         optimizer.step()
         schedule.step()
     return lowpass.detach(), pd.concat(rows, ignore_index=True)

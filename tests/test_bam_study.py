@@ -121,15 +121,94 @@ def test_excluded_images_are_counted(run, bench, table):
         for metric in PAIRS:
             assert row[metric] == int(bench.correct[metric][name].sum())
     lost = [bench.correct[metric]["vgg-obj"][2].item() for metric in ("MCS", "IDR")]
+    assert counted["methods"].to_dict() == {name: 2 if name == "vit-obj" else 3 for name in MODELS}
     assert counted["undefined"].to_dict() == {name: sum(lost) * (name == "vgg-obj") for name in MODELS}
 
 
 def test_bams_own_methods_decide_whose_findings_are_judged(run, table):
     assert bam_study.original_models(run, table) == ["resnet-obj", "vgg-obj", "vgg-obj-s1"]
     ranks, agreement = bam_study.ranked(run, table)
+    assert bam_study.groups(run, table) == {
+        "ReLU CNNs": (["resnet-obj", "vgg-obj", "vgg-obj-s1"], METHODS),
+        "all models": (list(MODELS), METHODS[:2]),
+    }
     methods = ranks.groupby("models")["method"].unique().map(set).to_dict()
     assert methods == {"ReLU CNNs": set(METHODS), "all models": set(METHODS[:2])}
     assert set(agreement) == {f"{g}, {v}" for g in methods for v in bam_study.VARIANTS}
+
+
+def test_extremes_compare_methods_on_the_same_models(run, bench, table):
+    raised = table.copy()
+    raised.loc[
+        (raised["method"] == "guided_backprop") & (raised["metric"] == "MCS") & raised["value"].notna(), "value"
+    ] = 2
+    harmonized = pd.DataFrame(columns=["metric", "variant", "target", "image", "consensus"])
+    by_rule = pd.DataFrame({"n": []})
+    told = bam_study.findings(run, raised, {"all models, original": Interval(0.5, 0.4, 0.6, 9)}, harmonized, by_rule)
+    lines = told.splitlines()
+    assert lines[0] == "- Methods by model: ResNet 3, VGG 3, VGG (seed 1) 3, ViT 2."
+    assert lines[1] == "- Guided backprop: on 3 of 4 models (ResNet, VGG, VGG (seed 1))."
+    (relu,) = (line for line in lines if line.startswith("- MCS (ReLU CNNs, original; 3 methods)"))
+    assert "highest Guided backprop 2.000 [2.000, 2.000]" in relu
+    (together,) = (line for line in lines if line.startswith("- MCS (all models, original; 2 methods)"))
+    assert "Guided" not in together
+    part = table.query("metric == 'MCS' and variant == 'original'")
+    means = {m: part[part["method"] == m].groupby("image")["value"].mean().mean() for m in METHODS[:2]}
+    best = max(means, key=means.get)
+    assert f"highest {bam_study.plots.label(best)} {means[best]:.3f} [" in together
+    names = {"ResNet": "resnet-obj", "VGG": "vgg-obj", "VGG (seed 1)": "vgg-obj-s1", "ViT": "vit-obj"}
+    images = ", ".join(f"{shown} {int(bench.correct['IIR'][name].sum())}" for shown, name in names.items())
+    assert sum(f"Images: {images}." in line for line in lines) == 2  # both scales
+    assert lines[-1].endswith(f"0.50 [0.40, 0.60], n = 9. Images of IIR: {images}.")
+
+
+def test_methods_not_on_all_models_come_last_and_say_so(run, table):
+    edges = table[table["method"] == "center"].assign(method="edges")
+    figure, numbers = bam_study.draw_metrics(run, pd.concat([table, edges]), "original")
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    means = numbers[(numbers["model"] == "mean") & (numbers["metric"] == "MCS")].set_index("method")
+    first = sorted(METHODS[:2], key=lambda method: -means.loc[method, "mean"])
+    assert labels == [*map(bam_study.plots.label, first), "Guided backprop (3 of 4)"]
+    assert means.loc["guided_backprop", "models"] == 3 and means.loc["random", "models"] == 4
+    bam_study.plt.close(figure)
+
+
+def made_up_facts(on: dict[str, int]) -> dict[str, bool]:
+    """Facts where each architecture has the first so many of 15 methods."""
+    names = ["guided_backprop", "grad_cam", *(m for m in METHODS_OF_07 if m not in ("guided_backprop", "grad_cam"))]
+    settings = check("07_bam", {"methods": names})
+    rows = []
+    for (model, count), metric in itertools.product(on.items(), PAIRS):
+        chosen = names[:count] if model == "resnet" else [m for m in names if m != "guided_backprop"][:count]
+        for method in [*chosen, "random", "center", "edges"]:
+            value = {"MCS": 0.0, "IDR": 0.0, "IIR": 1.0}[metric]
+            rows += [
+                {
+                    "metric": metric,
+                    "variant": "original",
+                    "model": model,
+                    "method": method,
+                    "value": value,
+                    "image": "i",
+                }
+            ]
+    fake = SimpleNamespace(settings=settings, models={name: SimpleNamespace(architecture=name) for name in on})
+    patch = SimpleNamespace(change=torch.tensor([[0.05]]), accepted=torch.tensor([[True]]))
+    table = pd.DataFrame(rows)
+    return bam_study.facts(fake, SimpleNamespace(patch=patch), table, pd.DataFrame({"k": [1, 3, 5]}))
+
+
+METHODS_OF_07 = check("07_bam", {}).methods
+
+
+def test_facts_count_methods_on_each_architecture():
+    each, cnn = "at least 9 methods on every architecture", "at least 12 methods on every ReLU CNN"
+    found = made_up_facts({"resnet": 12, "vit": 9})
+    assert found[each] and found[cnn] and found["3 controls on every architecture"]
+    found = made_up_facts({"resnet": 13, "vit": 8})  # 13 names are there
+    assert not found[each] and found[cnn]
+    found = made_up_facts({"vit": 12})
+    assert found[each] and not found[cnn]
 
 
 def test_nobody_is_in_the_pool_of_its_own_architecture(run):
@@ -196,14 +275,17 @@ def test_the_best_other_is_chosen_on_the_other_half():
 
 @pytest.fixture(scope="module")
 def relative(run):
-    """Object marked in proportion to 1 / k; the model of k loses accuracy on its first images."""
+    """Object marked in proportion to 1 / k; the model of k loses accuracy on its first images.
+
+    The second architecture has no guided backprop, so it is no ReLU CNN.
+    """
     names, ks = run.settings.relative_models, [1, 4, 8, bam_study.ALL]
     maps, correct, drop, logit_drop = {}, {}, {}, {}
     for a, (name, k) in enumerate(itertools.product(names, ks)):
         correct[name, k] = torch.ones(N, dtype=torch.bool)
         drop[name, k] = (torch.arange(N) < 8 / k).double() if k < bam_study.ALL else torch.zeros(N).double()
         logit_drop[name, k] = 5.0 / k + 0.1 * torch.randn(N, generator=generator(a)).double()
-        for b, method in enumerate([*METHODS[:2], "random"]):
+        for b, method in enumerate([*METHODS[:2], "random", *METHODS[2:][: name == names[0]]]):
             strength = 4.0 / k * (method != "random")
             noise = torch.rand(N, SIDE, SIDE, generator=generator(1000 * a + b))
             maps[name, k, method] = strength * run.dataset.masks + noise
@@ -215,7 +297,7 @@ def relative(run):
 def test_relative_scores_and_their_correlation(run, relative):
     table = bam_study.relative_scores(relative)
     first, second = run.settings.relative_models
-    assert set(table["k"]) == {1, 4, 8} and len(table) == 2 * 2 * 3 * 3 * N
+    assert set(table["k"]) == {1, 4, 8} and len(table) == 2 * 3 * (4 + 3) * N
     part = table[(table["variant"] == "original") & (table["method"] == "saliency")]
     for name, k in itertools.product((first, second), (1, 4, 8)):
         rows = part[(part["model"] == name) & (part["k"] == k)]
@@ -233,7 +315,14 @@ def test_relative_scores_and_their_correlation(run, relative):
         *((second, k, "image-05") for k in (1, 4, 8)),
     }
     found = bam_study.relative_correlation(run, table)
-    assert set(found["model"]) == {first, second, "mean"} and "random" not in set(found["method"])
+    assert set(found["model"]) == {first, second, "ReLU CNNs"} and "random" not in set(found["method"])
+    assert bam_study.original_models(run, table) == [first]
+    columns = ["against", "variant", "method", "mean", "low", "high", "n"]
+    alone, judged = (found.loc[found["model"] == name, columns].reset_index(drop=True) for name in (first, "ReLU CNNs"))
+    pd.testing.assert_frame_equal(alone, judged)
+    assert not (found["model"] == "ReLU CNNs")[~found["method"].isin(METHODS)].any()
+    transformer = bam_study.relative_correlation(run, table[table["model"] == second])
+    assert set(transformer["model"]) == {second}
     cells = table.query("method == 'grad_cam' and variant == 'original'")
     means = cells[cells["model"] == first].groupby("k")[["value", "drop", "logit_drop"]].mean()
     for against in ("drop", "logit_drop"):
@@ -241,6 +330,44 @@ def test_relative_scores_and_their_correlation(run, relative):
         row = rows.iloc[0]
         assert len(rows) == 1 and row["mean"] == pytest.approx(statistics.correlation(means["value"], means[against]))
         assert row["n"] == N and row["low"] <= row["mean"] <= row["high"]
+
+
+def test_relative_findings_are_told_by_architecture():
+    names = ["resnet-scene_k{k}", "swin-scene_k{k}"]
+    lost = {names[0]: {1: 0.5, 3: 0.0, 5: 0.0}, names[1]: {1: 0.5, 3: 0.5, 5: 0.0}}
+    rows = [
+        {"model": name, "k": k, "image": f"{i}", "drop": float(i < 2 * drop), "logit_drop": k + i}
+        for name, drops in lost.items()
+        for k, drop in drops.items()
+        for i in range(2)
+    ]
+    cells = [
+        ("drop", names[0], "grad_cam", 0.7, 0.6, 0.8),
+        ("drop", names[0], "saliency", 0.9, 0.8, 1.0),
+        ("drop", names[1], "grad_cam", -0.5, -0.6, -0.4),
+        ("drop", names[1], "saliency", 0.1, -0.1, 0.2),
+        ("drop", "ReLU CNNs", "grad_cam", 0.7, 0.6, 0.8),
+    ]
+    correlation = pd.DataFrame(cells, columns=["against", "model", "method", "mean", "low", "high"])
+    told = bam_study.relative_findings(pd.DataFrame(rows), correlation.assign(variant="original", n=2)).splitlines()
+    assert told == [
+        "- ResNet: the accuracy drop is exactly 0 at 2 of 3 commonalities, all but k = 1, so a correlation with it is "
+        "one point against the rest, which an interval over images does not cover.",
+        "- ResNet, Grad-CAM's RMCS and accuracy drop: r = +0.700 [+0.600, +0.800], n = 2.",
+        "- ResNet, RMCS and accuracy drop: correlation above 0 for 2 of 2 methods, below 0 for 0.",
+        "- Swin: the accuracy drop is exactly 0 at 1 of 3 commonalities.",
+        "- Swin, Grad-CAM's RMCS and accuracy drop: r = -0.500 [-0.600, -0.400], n = 2.",
+        "- Swin, RMCS and accuracy drop: correlation above 0 for 0 of 2 methods, below 0 for 1.",
+    ]
+
+
+def test_of_two_members_the_median_is_the_mean_and_is_told_once(run, relative):
+    fake = SimpleNamespace(settings=check("07_bam", GIVEN | {"rules": ["median", "mean"]}))
+    assert set(bam_study.harmonized_relative(fake, relative)["rule"]) == {"mean"}
+    two = torch.rand(2, N, SIDE, SIDE, generator=generator(5))
+    torch.testing.assert_close(consensus(two, "median"), consensus(two, "mean"))
+    alone = SimpleNamespace(settings=check("07_bam", GIVEN | {"rules": ["median"], "rule": "median"}))
+    assert set(bam_study.harmonized_relative(alone, relative)["rule"]) == {"median"}
 
 
 def test_harmonized_relative_contrast(run, relative):
@@ -316,7 +443,9 @@ def test_claims_read_the_right_sides(run):
     )
     agreement = {"ReLU CNNs, original": Interval(0.4, 0.3, 0.5, 8)}
     columns = ["against", "variant", "model", "method", "mean", "low", "high", "n"]
-    correlation = pd.DataFrame([("drop", "original", "mean", "grad_cam", 0.9, 0.7, 1.0, 8)], columns=columns)
+    cells = [("drop", "original", "ReLU CNNs", "grad_cam", 0.9, 0.7, 1.0, 8)]
+    cells += [("drop", "original", name, "grad_cam", 0.1, 0.0, 0.2, 8) for name in ("swin-scene_k{k}", "resnet")]
+    correlation = pd.DataFrame(cells, columns=columns)
     found = bam_study.measured(fake, table, agreement, correlation, harmonized)
     expected = {
         "bam_grad_cam_contrast": 0.2,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import torch
+from torch.nn.functional import avg_pool2d
 
 from harmonize_lib import HarmonizeError
 from harmonize_lib import consensus_training as ct
 from harmonize_lib.data import Dataset
 from harmonize_lib.priors import consensus_prior, training_attributions
 from harmonize_lib.storage import sha256_tensors
+from harmonize_lib.study import Run, attributions
 
 
 def data(n: int = 8) -> Dataset:
@@ -113,7 +119,25 @@ def test_the_ledger_counts_networks_not_images():
 
 def test_facts_follow_the_accuracy():
     table = pd.DataFrame({"model": ["m", "m"], "arm": [ct.OURS, ct.PLAIN], "mean": [-0.011, -0.009]})
-    assert list(ct.facts(table).values()) == [False, True]
+    moved = made_up().replace({"Spearman": ct.OBJECTIVE})  # 0.2 and 0.28 nearer than without a prior, by the two seeds
+    assert list(ct.facts(table, moved).values()) == [False, False, True]  # two networks are too few for the interval
+    sure = pd.concat([moved, moved[moved["seed"] == 1].assign(seed=2), moved[moved["seed"] == 1].assign(seed=3)])
+    assert list(ct.facts(table, sure).values()) == [True, False, True]
+
+
+def test_the_objective_is_the_correlation_with_the_consensus_of_the_pool():
+    target, judge, *pool = (tiny.model(name) for name in ("vgg", "resnet", "mobilenet", "convnext"))
+    options = {"expected_gradients": {"samples": 2}}
+    settings = SimpleNamespace(consensus_method="input_x_gradient", seed=0, options=options)
+    run = Run("09_attribution_priors", settings, data(), {}, Path(), 0.0)
+    study = ct.Tuned(ct.Plan(target, judge, tuple(pool)), pd.DataFrame(), {}, {(ct.OURS, 0): judge})
+    found = ct.reached(run, [study]).set_index(["arm", "image"])["value"]
+    wished = ct.target_maps(pool, data(), "input_x_gradient", 0)
+    for arm, model in (("before", target), (ct.OURS, judge)):
+        maps = attributions(model, data(), "expected_gradients", 0, samples=2)["maps"]
+        for i, image in enumerate(data().ids):
+            a, b = (avg_pool2d(one[i : i + 1], ct.PATCH).flatten().double().numpy() for one in (maps, wished))
+            assert found[arm, image] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-5)
 
 
 def test_the_rule_takes_the_largest_weight_that_costs_little():

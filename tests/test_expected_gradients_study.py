@@ -185,3 +185,17 @@ def test_share_of_metrics_won():
     assert share.mean == pytest.approx((9 + 12 + 15) / 3 / 18) and share.n == 3
     row = eg.benchmark_table(table, keep_remove.DATASETS[0]).iloc[0]
     assert row["EG − IG"] == 1 and row["reported expected_gradients"] == 3.731
+    said = eg.benchmark_in_words(table, keep_remove.DATASETS[0])
+    assert "above 0 on 15 of 18 metrics by its mean over networks, on 9 by its 95 % interval" in said
+    assert (
+        f"scores {(9 + 12 + 15) / 3 / 18:.4f} (reported: 0.0611, above 0 on 17); share won by one network 0.67" in said
+    )
+
+
+def test_networks_above_the_bound_are_named_by_their_interval():
+    rows = [("resnet-obj", 2.5, 2.4, 2.6, 5), ("vit-obj", 3.3, 3.1, 3.5, 5), ("convnext-obj", 3.5, 3.25, 3.75, 5)]
+    said = eg.step_cost_in_words(pd.DataFrame(rows, columns=["model", "mean", "low", "high", "n"]))
+    assert said == (
+        "a step with the prior costs 3.10 plain steps, mean of 3 networks; "
+        "above the bound of 3.2 by their 95 % interval: ConvNeXt (3.50)"
+    )

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from harmonize_lib import harmonization, paths
-from harmonize_lib.comparison import CHOSEN, compare, decided, differences, gain_by_size, measured, rules_compared
+from harmonize_lib.comparison import (
+    CHOSEN,
+    against_controls,
+    compare,
+    decided,
+    differences,
+    gain_by_size,
+    measured,
+    rules_compared,
+)
 from harmonize_lib.consensus import consensus, list_rules
 from harmonize_lib.data import Dataset
 from harmonize_lib.errors import HarmonizeError
@@ -27,6 +36,7 @@ from harmonize_lib.harmonization import (
     RANDOM,
     consensus_scores,
     consistency,
+    control_scores,
     held_out_consensus,
     held_out_maps,
     held_out_pools,
@@ -102,6 +112,15 @@ def distracted(names: Mapping[str, str] = NAMES) -> dict[tuple[str, str], Tensor
         values[:, :PATCH, :PATCH] = 1
         maps[name, method] = values
     return maps
+
+
+def blind() -> dict[tuple[str, str], Tensor]:
+    """Controls: one knows where the object is, one puts it last."""
+    spot = torch.zeros(N, SIDE, SIDE)
+    spot[:, :PATCH, :PATCH] = 1
+    generator = torch.Generator().manual_seed(3)
+    rest = torch.rand(N, SIDE, SIDE, generator=generator)
+    return {("edges", "control"): spot + 0.01 * rest, ("center", "control"): rest - 2 * spot}
 
 
 def recognized(run: Run, grids: Tensor, shown: int = TOP) -> Tensor:
@@ -248,13 +267,36 @@ def test_a_method_some_models_refuse_shrinks_the_pool(tmp_path: Path) -> None:
     assert compare(scores, 0, ["method"])["mean"].notna().all()
 
 
+def test_maps_against_controls_that_are_right_and_wrong(tmp_path: Path) -> None:
+    run, maps = start(tmp_path), noise()
+    scores = pd.concat([single_scores(run, maps), consensus_scores(run, maps)], ignore_index=True)
+    found = against_controls(run, scores, control_scores(run, blind()))
+    mean = found.set_index(["outcome", "against", "map"])["mean"]
+    labels = run.dataset.labels.numpy()
+    known = {"edges": np.ones(N), "center": labels == 0}  # without the spot a bright image is called dark
+    cells = ["target", "method", "image"]
+    for kind, name in (("own", OWN), ("other", RANDOM)):
+        part = scores[scores["kind"] == kind].groupby(cells)[["correct", "relevance_rank"]].mean()
+        for control, right in known.items():
+            assert np.isclose(mean["recognition", f"minus {control}", name], part["correct"].mean() - right.mean())
+        assert np.isclose(mean["localization", "minus edges", name], part["relevance_rank"].mean() - 1)
+    gain = differences(scores, "correct", 0).xs((OWN, CHOSEN), level=["against", "rule"])
+    own = scores[scores["kind"] == "own"].pivot_table(index=["target", "method"], columns="image", values="correct")
+    expected = (gain + own[gain.columns]).to_numpy().mean() - 1
+    assert np.isclose(mean["recognition", "minus edges", POOLED], expected)
+    again = against_controls(run, scores, control_scores(run, blind())[::-1])
+    assert equal(again, found)
+
+
 def test_without_masks_there_is_no_localization(tmp_path: Path) -> None:
     run, maps = start(tmp_path, masks=False), noise()
     scores = pd.concat([single_scores(run, maps), consensus_scores(run, maps)], ignore_index=True)
     overall = compare(scores, 0)
     assert set(overall["outcome"]) == {"recognition", "deletion"}
     assert set(rules_compared(scores, 0)["outcome"]) == {"recognition", "deletion"}
-    claims = measured(run, overall, pool_size_scores(run, maps, "borda"))
+    controls = against_controls(run, scores, control_scores(run, blind()))
+    assert set(controls["outcome"]) == {"recognition"}
+    claims = measured(run, overall, pool_size_scores(run, maps, "borda"), controls)
     assert claims["harmonized_localizes"].n == 0 and claims["harmonized_beats_own"].n == N
     assert len(shortcut_scores(run, maps, "borda")) == 0
 

@@ -173,11 +173,23 @@ def test_picture_keeps_the_group_and_fades_the_rest() -> None:
     image = torch.full((1, 6, 6), 100, dtype=torch.uint8)
     group = np.zeros((3, 3), dtype=bool)
     group[1, 1:] = True
-    picture = _outlined(image, group)
+    picture = _outlined(image, group, group)
     scale = len(picture) // 6
     assert picture[3 * scale, 4 * scale] == pytest.approx(100 / 255)
     assert picture[0, 0] == pytest.approx(0.65 + 0.35 * 100 / 255)
     assert picture[2 * scale, 3 * scale] == pytest.approx([0.84, 0.37, 0.0])
+
+
+def test_picture_is_cut_to_the_surroundings_of_the_last_group() -> None:
+    """Pixel values are their places: units of 2, the last group in rows 4 to 5 and columns 8 to 9 of 10."""
+    image = torch.arange(20 * 20).view(1, 20, 20).remainder(251).byte()
+    last = np.zeros((10, 10), dtype=bool)
+    last[4:6, 8:10] = True
+    picture = _outlined(image, np.zeros_like(last), last)
+    scale = 192 // 12  # a square of two units and two around them, 12 pixels, moved inside the image's border
+    want = 0.65 + 0.35 * image[0, 4:16, 8:20].numpy() / 255
+    np.testing.assert_allclose(picture[::scale, ::scale, 0], want, rtol=1e-12)
+    np.testing.assert_allclose(picture[scale - 1 :: scale, scale - 1 :: scale, 0], want, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

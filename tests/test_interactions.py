@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from harmonize_lib import HarmonizeError
 from harmonize_lib import decomposition_study as study
+from harmonize_lib.data import load_dataset
 from harmonize_lib.decomposition import contextual_decomposition, patch_groups
 from harmonize_lib.hierarchy import SCORES
 from harmonize_lib.interactions import BUILT, features, inputs, interactions, planted
+from harmonize_lib.literal_decomposition import decompose
 
 GATES = {
     "minimum": torch.minimum,
@@ -177,3 +179,35 @@ def test_promises_see_a_broken_one() -> None:
     assert all(study.kept_promises(gaps).values())
     gaps.loc[0, "gap"] = 2e-4
     assert list(study.kept_promises(gaps).values()) == [False, True, True]
+    assert "but for m" in next(iter(study.kept_promises(gaps)))
+
+
+def test_promises_do_not_hold_by_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold; with a γ that is 0.1 % too large, or that takes a part of β, they do not."""
+    data = load_dataset("shapes-on-scenes", "test", 3)
+    models = {"resnet": tiny.model("resnet")}
+    worst = study.promises(models, data, 0).groupby("promise")["gap"].max()
+    assert (worst[list(study.PROMISES)] < 1e-12).all() and 0 < worst[study.ROUNDING] < 1e-3
+
+    def larger(model: nn.Module, x: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        beta, gamma = decompose(model, x, masks)
+        return beta, 1.001 * gamma
+
+    monkeypatch.setattr(study, "decompose", larger)
+    assert study.promises(models, data, 0).groupby("promise")["gap"].max()[study.PROMISES[0]] > study.TOLERANCE
+
+    def shifted(model: nn.Module, x: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        beta, gamma = decompose(model, x, masks)
+        return beta - 1, gamma + 1
+
+    monkeypatch.setattr(study, "decompose", shifted)
+    worst = study.promises(models, data, 0).groupby("promise")["gap"].max()
+    assert (worst[list(study.PROMISES[:2])] > study.TOLERANCE).all()
+
+
+def test_a_cost_whose_interval_holds_the_limit_is_undecided() -> None:
+    costs = pd.DataFrame(
+        [("a", 1.0, 0.9, 1.1, 5), ("b", 1.29, 1.2, 1.38, 5), ("c", 1.5, 1.4, 1.6, 5)],
+        columns=["model", "mean", "low", "high", "n"],
+    )
+    assert study.cost_in_words(costs).endswith("below: a; above: c; undecided (the interval holds it): b")

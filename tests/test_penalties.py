@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from harmonize_lib import HarmonizeError
 from harmonize_lib import penalty_study as study
-from harmonize_lib.decomposition import contextual_decomposition
+from harmonize_lib.claims import JUDGED
+from harmonize_lib.decomposition import contextual_decomposition, propagate
 from harmonize_lib.penalties import explanation_penalty
 from harmonize_lib.tasks import evaluated
 
@@ -269,16 +271,80 @@ def test_operations_of_a_plain_step_are_those_counted_by_hand():
     assert study.operations(task, "RRR", 20) > study.operations(task, "EG", 20) > 2 * study.operations(task, "none", 20)
 
 
+def test_a_pass_shared_with_the_loss_spares_a_plain_step():
+    """RRR's literal step of one pass; CDEP's loss on beta + gamma, which are the logits."""
+    task = study.shortcut("decoy", study.load("digits", 100, 50, 50, 0), 0)
+    x, y, plain = task.x["train"][:20], task.y["train"][:20], study.operations(task, "none", 20)
+    model = study.network(1, 12, 0)
+    with study._Operations() as counter:
+        at = x.clone().requires_grad_()
+        loss = F.cross_entropy(model(at), y)
+        (slope,) = torch.autograd.grad(loss * 20, at, create_graph=True)
+        inside = torch.einsum("nchw,gnhw->", slope.square(), task.corners.expand(1, 20, -1, -1).float())
+        (loss + inside / 20).backward(inputs=list(model.parameters()))
+    assert counter.total == study.operations(task, "RRR", 20) - plain
+    with study._Operations() as counter:
+        beta, gamma = propagate(model.eval(), x * task.corners, x * ~task.corners)
+        (F.cross_entropy(beta + gamma, y) + torch.sigmoid(beta - gamma).mean()).backward()
+    assert counter.total == study.operations(task, "CDEP (code)", 20) - plain
+    torch.testing.assert_close(beta + gamma, model(x))
+
+
 def test_claims_are_paired_over_seeds():
-    decoys = [study.shortcut("decoy", study.load("digits", 100, 50, 50, seed), seed) for seed in (0, 1)]
+    decoys = study.shortcut("decoy", study.load("digits", 100, 50, 50, 0), 0)
     measured = study.measured_claims(study.select(table(), 0.02), decoys, 50)
+    cost = {arm: study.operations(decoys, arm, 50) / 1e6 for arm in study.ARMS}
+    assert cost["CDEP (code)"] == cost["CDEP (paper)"]
     expected = {
-        "cdep_color": 0.2,
-        "cdep_color_unknown": 0.2,
-        "cdep_decoy": 0.405,
-        "eg_rrr_decoy": -0.3,
-        "eg_rrr_cost": (study.operations(decoys[0], "CDEP (paper)", 50) - study.operations(decoys[0], "RRR", 50)) / 1e6,
+        "cdep_color": 0.1,
+        "cdep_color_paper": 0.2,
+        "cdep_color_unknown_eg": 0.2,
+        "cdep_color_unknown_rrr": 0.1,
+        "cdep_decoy": 0.305,
+        "cdep_decoy_paper": 0.405,
+        "eg_rrr_decoy": -0.2,
+        "eg_rrr_decoy_paper": -0.3,
+        "eg_decoy_unknown": -0.2,
+        "rrr_decoy_unknown": -0.1,
+        "eg_cost": cost["CDEP (code)"] - cost["EG"],
+        "rrr_cost": cost["CDEP (code)"] - cost["RRR"],
     }
+    assert list(measured) == list(expected) == list(JUDGED["11_explanation_penalties"])
     for name, value in expected.items():
         assert measured[name].mean == pytest.approx(value, abs=1e-9), name
-        assert measured[name].n == (1 if name == "eg_rrr_cost" else 2), name
+        assert measured[name].n == (1 if name.endswith("cost") else 2), name
+
+
+def test_rivals_are_chosen_by_validation_alone():
+    """On the test images EG is the best rival and no penalty the worst; validation says RRR and EG."""
+    decoys = study.shortcut("decoy", study.load("digits", 100, 50, 50, 0), 0)
+    chosen = study.select(table(), 0.02)
+    chosen.loc[chosen["arm"] == "EG", "shifted test"] = 0.99
+    measured = study.measured_claims(chosen, decoys, 50)
+    assert measured["cdep_color"].mean == pytest.approx(0.1)  # minus RRR
+    assert measured["eg_rrr_decoy"].mean == pytest.approx(0.99 - 0.615)  # EG minus CDEP (code)
+
+
+def test_where_each_penalty_works_is_said_by_its_interval():
+    gains = study.over_none(study.select(table(), 0.02)).set_index(["task", "arm"])
+    assert gains.loc[("color", "EG"), "mean"] == pytest.approx(0.105)
+    rows = [("decoy", "CDEP (code)", 0.01, -0.01, 0.03, 5), ("color", "CDEP (code)", 0.07, 0.01, 0.13, 5)]
+    rows += [("decoy", "RRR", -0.1, -0.2, 0.0, 5), ("color", "RRR", 0.1, 0.0, 0.2, 5)]
+    said = study.where_each_works(pd.DataFrame(rows, columns=["task", "arm", "mean", "low", "high", "n"])).split("\n")
+    assert said == [
+        "CDEP (code) works on color: decoy +0.010 [-0.010, 0.030], color +0.070 [0.010, 0.130], n = 5",
+        "RRR works on neither task: decoy -0.100 [-0.200, 0.000], color +0.100 [0.000, 0.200], n = 5",
+    ]
+
+
+def test_cost_in_words_pairs_times_by_seed():
+    times = table().assign(
+        seconds=lambda t: t["seed"] + t["arm"].map(dict(zip(study.ARMS, (1, 9, 7, 5, 3), strict=True)))
+    )
+    tasks = {name: [study.shortcut(name, study.load("digits", 100, 50, 50, 0), 0)] for name in study.TASKS}
+    figure, cost = study.draw_cost(times, tasks, 50, 0)
+    plt.close(figure)
+    eg, rrr, shared = study.cost_in_words(times, cost).split("\n")
+    assert "8.7 million operations (counted, no interval); 4000.00 ms [4000.00, 4000.00]" in eg
+    assert "-1.1 million operations" in rrr and "2000.00 ms [2000.00, 2000.00]" in rrr and "n = 2 seeds" in rrr
+    assert shared == "with a pass shared with the loss, in millions: CDEP (code) 29.9, RRR 31.0; EG stays at 36.1"

@@ -148,7 +148,15 @@ def test_gains_are_paired_over_seeds():
     assert ps.gain(results, chosen, levels, "Gaussian noise", [0.0, 0.2]).mean == pytest.approx(0.1)
     assert ps.gain(results, chosen, levels, "flipped pixels", [0.15]).n == 0
     assert ps.gain(results, chosen, levels, "flipped pixels", [0.1], "TV of gradients").n == 0
-    assert ps.claims_of(results, chosen, levels)["prior_gaussian_noise"].mean == pytest.approx(0.2)
+    ratio = ps.claims_of(results, chosen, levels)["prior_gaussian_noise"]
+    literal = [(0.5 + 0.1) / 0.5, (0.6 + 0.2) / 0.6, (0.4 + 0.3) / 0.4]  # at the highest level
+    assert ratio.mean == pytest.approx(sum(literal) / 3, abs=1e-6) and ratio.n == 3
+    assert ps.gain_ratio(results, chosen | {ps.OURS: float("nan")}, levels, "Gaussian noise").n == 0
+
+
+def test_a_weight_at_an_end_is_named():
+    words = ps.in_words({"baseline": 0.0, ps.OURS: 0.01, "TV of gradients": 0.1}, [0.01, 0.03, 0.1])
+    assert words == f"{ps.OURS}: λ = 0.01, the smallest tried; TV of gradients: λ = 0.1, the largest tried"
 
 
 def test_tables_hold_every_level_and_weight():

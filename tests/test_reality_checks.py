@@ -13,7 +13,17 @@ import tiny
 import torch
 from scipy.stats import spearmanr
 
-from harmonize_lib import HarmonizeError, Interval, claims, consensus, explain, load_dataset, parameters, sanity
+from harmonize_lib import (
+    HarmonizeError,
+    Interval,
+    claims,
+    consensus,
+    explain,
+    list_methods,
+    load_dataset,
+    parameters,
+    sanity,
+)
 from harmonize_lib import reality_checks as checks
 from harmonize_lib.study import Run
 
@@ -37,7 +47,7 @@ def test_every_cell_of_the_weight_table_is_the_similarity_of_two_maps(run):
         "value"
     ]
     assert table.index.is_unique
-    assert len(table) == 2 * 3 * (3 + 1) * 3 * 3 * 3  # kinds, stages, models and consensus, methods, measures, images
+    assert len(table) == 2 * 3 * (3 + 1) * 3 * 4 * 3  # kinds, stages, models and consensus, methods, measures, images
     images, labels, ids = run.dataset.images, run.dataset.labels, run.dataset.ids
     for kind, function in ((checks.CASCADING, sanity.cascading), (checks.INDEPENDENT, sanity.independent)):
         pairs = {name: (model, function(model, 0, 3)[1]) for name, model in run.models.items()}
@@ -138,6 +148,56 @@ def test_sensitivity_and_sharpening_against_loops():
     assert worst == singles.idxmin() and least.mean == singles.min()
 
 
+def test_magnitudes_that_say_what_values_say_have_no_row():
+    table = scores()
+    same = table[table["measure"] == "spearman"].assign(measure="spearman_of_magnitudes")
+    other = same["method"] == "rise"
+    same.loc[other, "value"] = same.loc[other, "value"] / 2
+    found = checks.sensitivity(pd.concat([table, same]), checks.CASCADING, 0)
+    told = found[found["measure"] == "spearman_of_magnitudes"]
+    assert set(told["method"]) == {"rise"} and set(told["maps"]) == {checks.SINGLE, checks.HARMONIZED}
+    assert len(found) == 2 * 2 * 3 + 2
+
+
+def test_what_a_check_covers_is_counted():
+    table = scores()
+    table = table[~((table["model"] != "a") & (table["method"] == "rise"))]
+    assert checks.coverage(table, "weights") == (
+        "- The check of weights covers 2 methods on a, b, each where it is defined, and 6 images. "
+        "Harmonized maps: 1 methods pool 2 networks; on one network only: RISE."
+    )
+
+
+@pytest.mark.parametrize("architecture", ["resnet", "vit", "swin"])
+def test_a_blinkered_network_sees_the_left_half_alone(architecture):
+    model = tiny.model(architecture)
+    images = load_dataset("shapes-on-scenes", "test", 3).images
+    other = checks.blinkered(model, (64, 64))
+    x = model.preprocess(images)
+    half = x.clone()
+    half[..., 32:] = 0
+    torch.testing.assert_close(other(x), model(half))
+    half[..., 32:] = torch.randn(3, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other(x), other(half)) and not torch.equal(model(x), model(half))
+    assert other.weights_hash != model.weights_hash
+    assert "seen" not in model.network.state_dict()
+    defined = set(list_methods(model))
+    assert set(list_methods(other)) == defined and {"grad_cam"} <= defined
+
+
+def test_insensitivity_is_the_share_on_the_half_that_is_ignored(run):
+    found = checks.insensitivity(run, {name: ["saliency", "grad_cam"] for name in run.models}).set_index("method")
+    assert found.loc["saliency", "mean"] == 0
+    assert found.loc["center", "mean"] == pytest.approx(0.5, abs=1e-3) and (found["n"] == 3).all()
+    assert found.loc["random", "mean"] == pytest.approx(0.5, abs=0.02)
+    images, labels = run.dataset.images, run.dataset.labels
+    shares = []
+    for model in run.models.values():
+        maps = explain(checks.blinkered(model, (64, 64)), images, labels, "grad_cam").maps.abs().numpy()
+        shares.append([one[:, 32:].sum() / one.sum() for one in maps])
+    assert found.loc["grad_cam", "mean"] == pytest.approx(np.mean(shares), abs=1e-5)
+
+
 def write(figures: Path, notebook: str, name: str, **columns: list[object]) -> None:
     (figures / notebook).mkdir(exist_ok=True)
     pd.DataFrame(columns).to_csv(figures / notebook / f"{name}.csv", index=False)
@@ -158,6 +218,9 @@ def test_the_report_card_reads_ranks_and_tells_what_is_missing(tmp_path):
         "grad_cam": 0.25,
         "edges": pytest.approx(2 / 3),
     }
+    assert checks.empty_cells(card, ["rise", "saliency"]) == [
+        "cost, s per image · not among the methods of notebook 02: Saliency"
+    ]
     assert beats["deletion"].to_dict() == {"saliency": 0.0, "rise": 1.0, "grad_cam": 0.5, "edges": 1.0}
     value = card.set_index(["check", "method"])["value"]
     assert value["cost", "rise"] == 2 and np.isnan(beats["cost", "rise"])
@@ -167,6 +230,15 @@ def test_the_report_card_reads_ranks_and_tells_what_is_missing(tmp_path):
     ]
     assert all("run that notebook" in line for line in missing)
     assert "07_bam" in next(line for line in missing if line.startswith("MCS"))
+
+
+def test_a_map_that_collapses_ranks_best_and_what_it_lost_is_not_ranked(tmp_path):
+    columns = {"maps": [checks.SINGLE] * 3, "measure": ["spearman"] * 3, "method": ["rise", "saliency", "grad_cam"]}
+    write(tmp_path, checks.THIS, "sensitivity_weights", **columns, after=[0.6, -0.001, -0.2], mean=[0.3, 0.02, 0.4])
+    card, _ = checks.report_card(tmp_path, columns["method"])
+    rows = card.set_index(["check", "method"])
+    assert rows.loc["weights_left", "beats"].to_dict() == {"rise": 0.0, "saliency": 1.0, "grad_cam": 0.5}
+    assert rows.loc["weights", "beats"].isna().all() and rows.loc[("weights", "rise"), "value"] == 0.3
 
 
 def test_harmonized_maps_stand_beside_single_ones_in_the_direction_of_the_check(tmp_path):
@@ -186,10 +258,13 @@ def test_harmonized_maps_stand_beside_single_ones_in_the_direction_of_the_check(
     )
     maps, method = [checks.SINGLE, checks.HARMONIZED] * 2, ["rise", "rise", "edges", "edges"]
     drops = {"measure": "spearman", "maps": maps, "method": method, "mean": [0.2, 0.5, 0.0, 0.9]}
+    drops["after"] = [0.3, -0.1, 1.0, 1.0]
     write(tmp_path, checks.THIS, "sensitivity_weights", **drops)
     card, missing = checks.harmonized_card(tmp_path, "mean", {"weights": Interval(0.3, 0.1, 0.5, 9), "labels": NOTHING})
     rows = card.set_index(["check", "method"])
     assert rows["value"].round(6).to_dict() == {
+        ("weights_left", checks.SINGLE): 0.3,
+        ("weights_left", checks.HARMONIZED): -0.1,
         ("weights", checks.SINGLE): 0.2,
         ("weights", checks.HARMONIZED): 0.5,
         ("transfer", checks.SINGLE): 0.4,
@@ -199,7 +274,8 @@ def test_harmonized_maps_stand_beside_single_ones_in_the_direction_of_the_check(
         ("deletion", checks.SINGLE): 0.35,
         ("deletion", checks.HARMONIZED): 0.3,
     }
-    assert rows["beats"].tolist() == [0, 1, 0, 1, 1, 0, 0.5, 0.5]
+    assert rows["beats"].isna().tolist() == [True, True] + [False] * 8
+    assert rows["beats"].dropna().tolist() == [0, 1, 0, 1, 1, 0, 0.5, 0.5]
     assert len(missing) == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -178,6 +179,43 @@ def test_similarities_against_loops():
         torch.testing.assert_close(sanity.SIMILARITIES[name](a, b), torch.tensor(slow, dtype=torch.float32))
     torch.testing.assert_close(sanity.SIMILARITIES["spearman"](a, -a), -torch.ones(3))
     torch.testing.assert_close(sanity.SIMILARITIES["spearman_of_magnitudes"](a, -a), torch.ones(3))
+
+
+def slow_histograms(values: np.ndarray) -> np.ndarray:
+    """Pixel by pixel: differences to the neighbors, votes for the two nearest orientations, means over cells."""
+    height, width = values.shape
+    found = np.zeros((9, height // 8, width // 8))
+    for y in range(height // 8 * 8):
+        for x in range(width // 8 * 8):
+            up, down, left, right = max(y - 1, 0), min(y + 1, height - 1), max(x - 1, 0), min(x + 1, width - 1)
+            rise = (values[down, x] - values[up, x]) / (down - up)
+            slope = (values[y, right] - values[y, left]) / (right - left)
+            degrees = math.degrees(math.atan2(rise, slope)) % 180
+            for k in range(9):
+                apart = min(abs(degrees - 20 * k - 10 - turn) for turn in (-180, 0, 180))
+                found[k, y // 8, x // 8] += max(0, 1 - apart / 20) * math.hypot(rise, slope) / 64
+    return found.ravel()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (19, 26)])
+def test_histograms_of_gradients_against_a_loop(shape):
+    a, b = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    slow = [[slow_histograms(each.numpy()) for each in maps] for maps in (a, b)]
+    np.testing.assert_allclose(sanity.gradient_histograms(a).numpy(), slow[0], atol=1e-12)
+    wanted = [np.corrcoef(x, y)[0, 1] for x, y in zip(*slow, strict=True)]
+    np.testing.assert_allclose(sanity.hog_correlation(a, b).numpy(), wanted, atol=1e-12)
+
+
+def test_histograms_of_gradients_know_ramps():
+    """A ramp of slope 3 at 30 degrees fills one orientation, its reverse the same; one at 20 degrees fills two."""
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    ramps = [sign * 3 * (x * math.cos(t) + y * math.sin(t)) for t in (math.pi / 6, math.pi / 9) for sign in (1, -1)]
+    found = sanity.gradient_histograms(torch.stack(ramps)).view(4, 9, 4)
+    wanted = torch.zeros(4, 9, 4)
+    wanted[:2, 1], wanted[2:, :2] = 3, 1.5
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    a, b = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(sanity.hog_correlation(a, b), sanity.hog_correlation(3 - 2 * a, b))
 
 
 @pytest.mark.parametrize("similarity", sanity.SIMILARITIES.values())

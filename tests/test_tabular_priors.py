@@ -260,3 +260,18 @@ def test_the_sparsity_study_keeps_every_replicate_and_repeats(tmp_path, monkeypa
     monkeypatch.setattr(tp, "tune", None)  # nothing may be computed again
     again = tp.sparsity_study(table, 2, 2, [4], 3, 0)
     assert all(torch.equal(first[arm][name], again[arm][name]) for arm in first for name in first[arm])
+
+
+def test_words_on_the_graph_prior_are_paired_differences():
+    r2 = {"none": [0.1, 0.2, 0.3], "rewired 0": [0.2, 0.3, 0.4], "rewired 1": [0.1, 0.1, 0.4], "LASSO": [0.2, 0.2, 0.2]}
+    edge = torch.tensor([True, False, False])
+    results = {arm: {"r2": torch.tensor(values), "edge": edge} for arm, values in r2.items()}
+    lines = tp.graph_in_words(results).split("\n")
+    assert lines[0].startswith("- R², true graph minus no prior: +0.1000 [+0.1000, +0.1000], n = 3")
+    assert (
+        lines[1].startswith("- R², random graph minus no prior: ")
+        and "0.0000 [-0.2484, +0.2484]" in lines[1]
+        and "p = 1" in lines[1]
+    )
+    assert lines[2].startswith("- R², true graph minus LASSO: +0.1000 [")
+    assert lines[3].endswith("share of simulations: true graph 33%, random graph 33%, LASSO 33%")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import cmath
 import math
 
+import pandas as pd
 import pytest
 import pywt
 import torch
 from torch import nn
 
-from harmonize_lib import HarmonizeError
+from harmonize_lib import HarmonizeError, wavelet_study
+from harmonize_lib.statistics import Interval
 from harmonize_lib.transformations import idwt, scales
-from harmonize_lib.wavelet_study import TAPS, simulate, teachers
+from harmonize_lib.wavelet_study import ARMS, LEVELS, TAPS, simulate, teachers
 from harmonize_lib.wavelets import (
     atom,
     compression,
@@ -123,6 +125,70 @@ def test_filters_side_by_side_descend_as_they_do_alone():
         part = slice(i, i + 1)
         alone, _ = descend(h[part], x[part], slope[part], 2, 0.01, 0.1, torch.Generator().manual_seed(0), steps=20)
         torch.testing.assert_close(both[part], alone)
+
+
+def test_each_filter_descends_with_its_own_weights():
+    h = reference_filter("db2").repeat(3, 1)
+    x, slope = draw(1, 80, 16).repeat(3, 1, 1), draw(1, 80, 16, seed=1).repeat(3, 1, 1)
+    sparsity, interpretation = torch.tensor([0.0, 0.1, 0.1]), torch.tensor([0.5, 0.5, 0.0])
+    all_, _ = descend(h, x, slope, 2, sparsity, interpretation, torch.Generator().manual_seed(0), steps=20)
+    for i, weights in enumerate(zip(sparsity.tolist(), interpretation.tolist(), strict=True)):
+        alone, _ = descend(h[:1], x[:1], slope[:1], 2, *weights, torch.Generator().manual_seed(0), steps=20)
+        torch.testing.assert_close(all_[i], alone[0])
+    assert torch.pdist(all_).min() > 1e-3
+
+
+def test_both_arms_choose_among_the_same_weights_by_validation_alone(monkeypatch):
+    """The best weight is written out by hand; spoiled test responses change no choice and no filter."""
+    monkeypatch.setattr(wavelet_study, "TEACHER_STEPS", 30)
+    sparsities, seeds, n = [0.0, 0.3], [0, 1], 200
+    found = wavelet_study._distil("coif1", seeds, n, 100, sparsities, 1.0)
+    x, y = simulate("coif1", 3 * n, seeds)
+    teacher = teachers(2, wavelet_study._stream("coif1", 0))
+    slope, _ = wavelet_study._teach(teacher, x, y, n, 0)
+    for arm, weight in enumerate((0.0, 1.0), start=1):
+        tried = [wavelet_study._descents(x[:, :n], slope, [(s, weight)], 100, 0)[0][0] for s in sparsities]
+        for i in range(2):
+            scores = []
+            for filters in tried:
+                design = [
+                    torch.cat([peaks(part, orthonormalize(filters[i]), LEVELS), torch.ones(n, 1).double()], 1)
+                    for part in x[i].double().split(n)
+                ]
+                solution = torch.linalg.pinv(design[0]) @ y[i, :n].double()
+                scores.append(-float((design[1] @ solution - y[i, n : 2 * n]).square().sum()))
+            best = max(range(2), key=scores.__getitem__)
+            assert float(found["sparsity"][i, arm]) == sparsities[best]
+            torch.testing.assert_close(found["filters"][i, arm], orthonormalize(tried[best][i]), atol=1e-4, rtol=0)
+
+    def spoiled(*args):
+        x, y = simulate(*args)
+        return x, torch.cat([y[:, : 2 * n], -y[:, 2 * n :]], 1)
+
+    monkeypatch.setattr(wavelet_study, "simulate", spoiled)
+    again = wavelet_study._distil("coif1", seeds, n, 100, sparsities, 1.0)
+    assert torch.equal(again["filters"], found["filters"])
+    assert not torch.isclose(again["r2"], found["r2"]).any()
+
+
+def test_intervals_are_over_seeds_and_not_over_wavelets():
+    """Wavelets that differ widely, seeds that agree: the interval is as narrow as the seeds are."""
+    levels = {"a": 0.1, "b": 0.9}
+    rows = []
+    for wavelet, level in levels.items():
+        for seed in range(3):
+            for arm in (*ARMS, "teacher"):
+                r2 = (level + 0.01 * seed) * (arm == "AWD")
+                rows.append((wavelet, seed, arm, r2, 0.2 * r2, 0.5 + 0.1 * r2))
+    table = pd.DataFrame(rows, columns=["wavelet", "seed", "arm", "r2", "compression", "similarity"])
+    recovered = pd.DataFrame([("trained", 1.0, 0.9, 1.0, 5)], columns=["network", "mean", "low", "high", "n"])
+    measured = wavelet_study.measured_claims(recovered, table)
+    half = 4.302653 * 0.01 / 3**0.5  # Student's t with two degrees of freedom
+    for name in ("awd_over_db5", "awd_over_teacher", "awd_interpretation"):
+        assert measured[name][:4] == pytest.approx((0.51, 0.51 - half, 0.51 + half, 3), rel=1e-5)
+    assert measured["awd_compression"].mean == pytest.approx(0.102)
+    assert measured["awd_recovery"][:4] == pytest.approx((0.551, 0.551 - half / 10, 0.551 + half / 10, 3), rel=1e-5)
+    assert measured["trim_recovery"] == Interval(1.0, 0.9, 1.0, 5)
 
 
 def test_a_generating_wavelet_is_recovered_from_a_network_that_reads_it():
