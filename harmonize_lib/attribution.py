@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harmonize_lib import cam, controls, decomposition, gradients, perturbation
-from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.errors import HarmonizeError, one_line, unknown
+from harmonize_lib.models import Model
 from harmonize_lib.storage import sha256_tensors
-from harmonize_lib.tasks import Result, Task, in_batches, logits_of, pick, prepare
+from harmonize_lib.tasks import Result, Task, check_generator, in_batches, logits_of, pick, prepare
 
 BATCH_SIZE = 128  # images of 64 x 64 pixels in one pass
 REDUCTIONS = ("default", "sum", "magnitude")
@@ -165,6 +166,40 @@ def refusal(model: nn.Module, method: str) -> str | None:
     return None
 
 
+def check_options(method: str, options: dict[str, Any], side: int) -> None:
+    """Refuse values of options that no model would take, by trying them on a black image and the mean of its channels.
+
+    Parameters
+    ----------
+    method : str
+        One of ``list_methods()``; one that such a network does not take is not tried.
+    options : dict[str, Any]
+        The method's own options, each known.
+    side : int
+        Of the images in pixels.
+
+    Raises
+    ------
+    HarmonizeError
+        A value the method refuses.
+    """
+    if not options:
+        return
+    model = Model(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "mean", "mean", ("red", "green", "blue"))
+    if METHODS[method].defined(model) is not None:
+        return
+    image = torch.zeros(1, 3, side, side)
+    task = Task(model, image, model.preprocess(image), torch.zeros(1, dtype=torch.int64), default_rows(image), 0)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            METHODS[method].function(task, **options)
+    except HarmonizeError as error:
+        raise HarmonizeError(f"options of {method}: {error}") from error
+    except Exception as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise HarmonizeError(f"options of {method}: cannot use {told[:70]} ({one_line(error, 60)})") from error
+
+
 def explain(
     model: nn.Module,
     images: Tensor,
@@ -185,7 +220,7 @@ def explain(
     model : nn.Module
         In eval mode: a ``Model``, or any module from float images to logits (N, K).
     images : Tensor
-        (N, C, H, W) uint8 source pixels, or float images for a plain module.
+        (N, C, H, W) uint8 source pixels, or float images: for a ``Model`` in [0, 1], for a plain module its own input.
     targets : Tensor
         (N) int64, the class to explain, 0..K-1.
     method : str
@@ -229,6 +264,7 @@ def explain(
     rows = default_rows(images) if batch_size is None else batch_size
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise HarmonizeError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+    check_generator(generator)
     seed = 0
     if entry.stochastic and generator is not None:
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
@@ -293,7 +329,7 @@ def default_rows(images: Tensor) -> int:
 
 def _entry(method: str) -> Method:
     if method not in METHODS:
-        raise unknown("method", method, METHODS)
+        raise unknown("method", method, METHODS, "list_methods()")
     return METHODS[method]
 
 

@@ -137,6 +137,8 @@ def concept_attribution(maps: Tensor, masks: Tensor, signed: bool = False) -> Sc
     The reference takes the positive part of each channel before it sums them: pass (N, C, H, W) for that. Maps of
     ``explain`` come with their channels reduced (the method's record says how), and the positive part is taken after.
     """
+    if not isinstance(masks, Tensor):
+        raise HarmonizeError(f"masks must be a bool tensor (N, H, W), not {masks!r:.40}: not every data set has masks")
     if masks.dtype != torch.bool or masks.shape != (len(maps), *maps.shape[-2:]):
         raise HarmonizeError(
             f"masks must be bool (N, H, W) like the maps {tuple(maps.shape)}, not {masks.dtype} {tuple(masks.shape)}"
@@ -292,7 +294,13 @@ def unchanged(before: Tensor, after: Tensor, threshold: float = 0.1) -> Tensor:
     -------
     Tensor
         (N) 1 where abs(before - after) < threshold * abs(before), else 0; NaN where one is undefined.
+
+    Raises
+    ------
+    HarmonizeError
+        A threshold below 0.
     """
+    check_numbers(0.0, threshold=threshold)
     return _where_defined((before - after).abs() < threshold * before.abs(), before + after)
 
 

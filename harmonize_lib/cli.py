@@ -20,19 +20,18 @@ from tqdm import tqdm
 from typer.exceptions import TyperException
 
 from harmonize_lib import paths, plots
-from harmonize_lib.attribution import list_methods
 from harmonize_lib.bam_data import build_bam
 from harmonize_lib.claims import merge_claims, update_readme
-from harmonize_lib.consensus import list_rules
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
-from harmonize_lib.models import list_models, load_model, manifest
-from harmonize_lib.parameters import NOTEBOOKS, check
+from harmonize_lib.models import find_device, list_models, load_model, manifest
+from harmonize_lib.parameters import NOTEBOOKS, check, known
 from harmonize_lib.plots import PACKAGES
 from harmonize_lib.runner import (
     Job,
     Maps,
     Outcome,
+    connect,
     in_one_line,
     is_unchanged,
     missing_maps,
@@ -43,6 +42,7 @@ from harmonize_lib.runner import (
 )
 from harmonize_lib.storage import write_atomic
 from harmonize_lib.sweep import as_json, draw, find_notebook, folder_of, read_sweep, results, slug
+from harmonize_lib.train import parse_name
 from harmonize_lib.train import train as train_model
 from harmonize_lib.verify import verify as verify_figures
 
@@ -61,6 +61,18 @@ app = typer.Typer(
 Notebooks = Annotated[
     list[str] | None, typer.Argument(help="numbers, names or paths: 01, 04_cross_architecture_transfer; none: all")
 ]
+
+
+def _out(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("it is empty, give a folder")
+    return Path(text)
+
+
+def _folder_option(meaning: str) -> Any:
+    return typer.Option("--out", parser=_out, metavar="FOLDER", help=meaning)
+
+
 Jobs = Annotated[
     int | None,
     typer.Option(
@@ -108,8 +120,23 @@ def _given(pairs: list[str] | None) -> dict[str, Any]:
     return values
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _workers(jobs: int | None) -> int:
-    return jobs or (1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0))))
+    return jobs or (1 if torch.cuda.is_available() else min(4, _cores()))
+
+
+def _check_place(figures: Path, notebook: str, values: dict[str, Any]) -> None:
+    """Refuse to replace the committed figures by those of other parameters."""
+    if figures != paths.ROOT / "figures":
+        return
+    given, committed = check(notebook, values).model_dump(), NOTEBOOKS[notebook]().model_dump()
+    for name, value in given.items():
+        if value != committed[name]:
+            line = f"{notebook}: {name} = {json.dumps(value)[:40]} is not the default, which figures/ is made with"
+            raise HarmonizeError(f"{line}: pass --out FOLDER")
 
 
 def _folder(out: Path) -> Path:
@@ -135,6 +162,8 @@ def _execute(jobs: list[Job], workers: int, scheduler: str | None, fresh: bool) 
         for job in jobs:
             job.status.unlink(missing_ok=True)
     same = {job.target for job in jobs if is_unchanged(job)}
+    if any(job.target not in same and not job.last for job in jobs):
+        same -= {job.target for job in jobs if job.last}  # what it reads may change
     changed = [job for job in jobs if job.target not in same]
     settings = [check(job.source.stem, job.parameters) for job in changed]
     clustered = changed and (scheduler is not None or workers > 1)
@@ -162,7 +191,10 @@ def run(
         list[str] | None,
         typer.Option("-p", metavar="NAME VALUE", help="a parameter, for every notebook that has it; may be repeated"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for figures and executed notebooks; none: figures/")] = None,
+    out: Annotated[
+        Path | None,
+        _folder_option("for figures and executed notebooks; none: figures/, for the default parameters only"),
+    ] = None,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
     timeout: Limit = 6 * 3600,
@@ -184,15 +216,20 @@ def run(
     chosen = _notebooks(notebooks, profile)
     fields = {name: NOTEBOOKS[name].model_fields for name in chosen}
     for key in given:
-        if not any(key in known for known in fields.values()):
-            raise unknown("parameter", key, {field for known in fields.values() for field in known})
+        if not any(key in each for each in fields.values()):
+            raise unknown(
+                "parameter", key, {field for each in fields.values() for field in each}, "harmonize params NAME"
+            )
     settings = {
         name: _profile(profile, name) | {key: value for key, value in given.items() if key in fields[name]}
         for name in chosen
     }
+    if scheduler is not None:
+        connect(scheduler).close()
     figures = (out or paths.FIGURES).resolve()
     work = [study_job(name, values, figures, timeout) for name, values in settings.items()]
     for one in work:
+        _check_place(figures, one.name, settings[one.name])
         preflight(check(one.name, settings[one.name]))
     figures = _folder(figures)
     began = time.time()
@@ -220,7 +257,7 @@ def run(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML with notebook:, grid: and, if wanted, base:")],
-    out: Annotated[Path | None, typer.Option(help="folder for all of it; none: runs/ in the repository")] = None,
+    out: Annotated[Path | None, _folder_option("for all of it; none: runs/ in the repository")] = None,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
     timeout: Limit = 6 * 3600,
@@ -240,6 +277,8 @@ def sweep(
     start = time.monotonic()
     plan = read_sweep(file)
     folder = (out or paths.ROOT / "runs" / f"sweep-{slug({'file': file.stem})}").resolve()
+    if scheduler is not None:
+        connect(scheduler).close()
     work = []
     for values in plan.sets:
         job = study_job(plan.notebook, values, folder_of(folder, plan.varied(values)), timeout)
@@ -269,14 +308,13 @@ def sweep(
 def params(notebook: Annotated[str, typer.Argument(help="number, name or path of a notebook, e.g. 04")]) -> None:
     """List the parameters of a notebook: name, type, default, range and meaning."""
     name = find_notebook(notebook)
-    schema = NOTEBOOKS[name].model_json_schema()
+    schema, names = NOTEBOOKS[name].model_json_schema(), known(name)
     print(f"{name}: harmonize run {name[:2]} -p NAME VALUE, or papermill -p NAME VALUE")
     for key, told in schema["properties"].items():
         default, allowed = json.dumps(told["default"]), _range(told, schema.get("$defs", {}))
         print(f"\n{key}: {_kind(told)} = {default}{f'   ({allowed})' if allowed else ''}\n    {told['description']}")
-        for names, known in (("models", list_models), ("methods", list_methods), ("rules", list_rules)):
-            if key == names:
-                print(f"    known: {', '.join(known())}")
+        if key in names:
+            print(f"    known: {', '.join(names[key])}")
 
 
 KINDS = {"string": "text", "integer": "whole number", "number": "number", "object": "mapping"}
@@ -301,7 +339,7 @@ def _range(told: dict[str, Any], definitions: dict[str, Any]) -> str:
 @app.command()
 def export(
     notebooks: Notebooks = None,
-    out: Annotated[Path, typer.Option(help="folder for the HTML")] = Path("html"),
+    out: Annotated[Path, _folder_option("for the HTML")] = Path("html"),
 ) -> None:
     """Write notebooks with their outputs as HTML pages: the last run's where it finished, else as committed.
 
@@ -333,11 +371,19 @@ def train(
     models: Annotated[
         list[str] | None, typer.Argument(help="zoo names, e.g. resnet-obj vit-scene-s1; none: the zoo")
     ] = None,
-    out: Annotated[Path, typer.Option(help="folder for weights and manifest")] = paths.WEIGHTS,
+    out: Annotated[
+        Path | None, _folder_option("for weights and manifest; must be given: data/weights replaces those that ship")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train models of the zoo from scratch; a killed run goes on where it stopped."""
-    for name in models or list_models():
+    names = models or list_models()
+    for name in names:
+        parse_name(name)
+    find_device(device)
+    if out is None:
+        raise HarmonizeError("train: pass --out FOLDER for the weights; data/weights replaces those that ship")
+    for name in names:
         entry = train_model(name, out, device)
         low, high = entry["accuracy_low"], entry["accuracy_high"]
         print(f"{name}: accuracy {entry['accuracy']:.4f} [{low:.4f}, {high:.4f}], n = {entry['test_images']}")
@@ -378,7 +424,7 @@ def doctor() -> None:
     """Say what is installed, whether the weights are whole, and what room and time a run takes."""
     print("  ".join(f"{package} {version(package)}" for package in (*PACKAGES, *RUN_PACKAGES)))
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"device: {place}; {len(os.sched_getaffinity(0))} cores; harmonize run starts {_workers(None)} jobs")
+    print(f"device: {place}; {_cores()} cores; harmonize run starts {_workers(None)} jobs")
     entries = manifest()
     bad = []
     for name in tqdm(entries, desc="weights"):
@@ -399,9 +445,13 @@ def doctor() -> None:
 
 
 @app.command()
-def verify() -> None:
+def verify(
+    folder: Annotated[Path | None, typer.Argument(help="what a run with --out wrote; none: the repository")] = None,
+) -> None:
     """Check that every figure, table and notebook output is what its provenance says."""
-    problems, summary = verify_figures()
+    if folder is not None and not any(folder.glob("[0-9][0-9]_*.ipynb")):
+        raise HarmonizeError(f"{str(folder)[-80:]} holds no executed notebook: give the --out of a harmonize run")
+    problems, summary = verify_figures(folder, folder)
     for line in problems:
         print(line, file=sys.stderr)
     print(summary)

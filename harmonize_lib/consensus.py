@@ -256,6 +256,8 @@ def consensus(maps: Tensor, rule: str = "mean", normalization: str | None = None
         raise unknown("rule", rule, RULES)
     combine, own, *_ = RULES[rule]
     normalization = normalization or own or "rank"
+    if not isinstance(maps, Tensor):
+        raise HarmonizeError(f"maps must be one tensor, not a {type(maps).__name__}: torch.stack joins maps (N, H, W)")
     if maps.ndim != 4 or 0 in maps.shape:
         raise HarmonizeError(f"maps must be (models, images, height, width), none of them 0, not {tuple(maps.shape)}")
     pooled = maps.detach() if patch is None else _pool(maps.detach(), patch)
@@ -332,6 +334,6 @@ def _flat(maps: Tensor, normalization: str) -> Tensor:
 
 def _pool(maps: Tensor, patch: int) -> Tensor:
     height, width = maps.shape[-2:]
-    if patch < 1 or height % patch or width % patch:
+    if not isinstance(patch, int) or patch < 1 or height % patch or width % patch:
         raise HarmonizeError(f"patch {patch} does not divide the {height}x{width} map: choose a common divisor")
     return avg_pool2d(maps.to(torch.float64), patch)

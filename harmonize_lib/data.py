@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from harmonize_lib import shapes
 from harmonize_lib.bam_data import read_bam
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.images import IMAGE_ENDINGS, Dataset, read_image
+from harmonize_lib.tasks import check_numbers
 
 LABELS = ("obj", "scene", "scene_only", "random_labels")
 TEST_SIZE = 10_000
@@ -31,13 +33,17 @@ def check_name(name: str) -> None:
     Raises
     ------
     HarmonizeError
-        Unknown kind, or no folder where one is needed.
+        Unknown kind, no folder where one is needed, or one where none is.
     """
-    kind, _, folder = name.partition(":")
+    kind, colon, folder = name.partition(":")
     if kind not in LOADERS:
         raise unknown("dataset", kind, LOADERS)
     if kind != "shapes-on-scenes" and not folder:
         raise HarmonizeError(f"dataset {kind!r} needs a folder: write '{kind}:DIR'")
+    if kind == "shapes-on-scenes" and colon:
+        raise HarmonizeError(
+            f"dataset {name[:60]!r}: shapes-on-scenes is drawn, not read from a folder: leave the colon out"
+        )
 
 
 def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int = 0, **options: object) -> Dataset:
@@ -71,14 +77,21 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     Raises
     ------
     HarmonizeError
-        Unknown name, split or option; n < 1 or beyond the set; a file that is not an image.
+        Unknown name, split or option; n < 1 or beyond the set; seed < 0; a class without images; a file that is not
+        an image.
+
+    Warns
+    -----
+    UserWarning
+        An image folder holds files of other endings than images have; they are left out.
     """
     check_name(name)
     kind = name.partition(":")[0]
     if split not in shapes.SPLITS:
         raise unknown("split", split, shapes.SPLITS)
-    if n is not None and n < 1:
-        raise HarmonizeError(f"n must be at least 1, not {n}")
+    if n is not None:
+        check_numbers(1, n=n)
+    check_numbers(0, seed=seed)
     allowed = {
         "shapes-on-scenes": {"labels", "commonality", "object"},
         "imagefolder": {"size"},
@@ -90,8 +103,13 @@ def load_dataset(name: str, split: str = "test", n: int | None = None, seed: int
     dataset = LOADERS[kind](name, split, n, seed, **options)
     wrong = n is not None and len(dataset) != n
     if wrong or not len(dataset) == len(dataset.images) == len(dataset.ids) == len(set(dataset.ids)):
-        raise HarmonizeError(f"{name}: asked for {n} images, found {len(dataset)}: ask for fewer or leave n out")
+        raise _fewer(name, len(dataset), n)
     return dataset
+
+
+def _fewer(place: str, there: int, n: int | None) -> HarmonizeError:
+    line = f"{place[-60:]} holds {there} images, not the {n} asked for"
+    return HarmonizeError(f"{line}: give fewer (n, --n or n_images)")
 
 
 def _shapes_on_scenes(
@@ -190,21 +208,25 @@ def imagenet_index(wordnet_ids: list[str]) -> list[int]:
 
 def _imagefolder(name: str, split: str, n: int | None, seed: int, size: int = 224) -> Dataset:
     root = Path(name.partition(":")[2]).expanduser()
+    place = str(root)[-80:]
     if not root.is_dir():
-        raise HarmonizeError(f"{root}: no such folder; 'imagefolder:DIR' wants one folder per class inside DIR")
+        raise HarmonizeError(f"{place}: no such folder; 'imagefolder:DIR' wants one folder per class inside DIR")
     root = root / split if (root / split).is_dir() else root
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    files = [
-        (path, label)
-        for label, folder in enumerate(folders)
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_ENDINGS
-    ]
+    folders = [path for path in _visible(root) if path.is_dir()]
+    inside = [(path, label) for label, folder in enumerate(folders) for path in _visible(folder)]
+    files = [(path, label) for path, label in inside if path.suffix.lower() in IMAGE_ENDINGS]
     if not files:
-        raise HarmonizeError(f"{root}: no images; 'imagefolder:DIR' wants one folder of images per class inside DIR")
+        raise HarmonizeError(f"{place}: no images; 'imagefolder:DIR' wants one folder of images per class inside DIR")
+    if bare := sorted(set(range(len(folders))) - {label for _, label in files}):
+        line = f"{str(folders[bare[0]])[-80:]}: no images in this class ({', '.join(IMAGE_ENDINGS)})"
+        raise HarmonizeError(f"{line}: add some, or remove the folder")
+    if len(files) < len(inside):
+        other = sorted({path.suffix or path.name for path, _ in inside if path.suffix.lower() not in IMAGE_ENDINGS})
+        line = f"{len(inside) - len(files)} ({', '.join(other[:5])})"
+        warnings.warn(f"{place}: files left out, because they are no images: {line}", stacklevel=3)
     if n is not None:
         if n > len(files):
-            raise HarmonizeError(f"{root}: n = {n}, but the folder holds {len(files)} images: ask for fewer")
+            raise _fewer(str(root), len(files), n)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:n].sort().values
         files = [files[i] for i in order.tolist()]
     names = [folder.name for folder in folders]
@@ -225,6 +247,10 @@ def _imagefolder(name: str, split: str, n: int | None, seed: int, size: int = 22
     )
 
 
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def _bam(name: str, split: str, n: int | None, seed: int, **options: Any) -> Dataset:
     return read_bam(Path(name.partition(":")[2]).expanduser(), split, n, seed, **options)
 
@@ -238,8 +264,8 @@ def _torchvision(name: str, split: str, n: int | None, seed: int, download: bool
     try:
         source = getattr(torchvision.datasets, TORCHVISION[kind])(folder, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
-        line = f"{kind} at {folder[-80:]}: not found or damaged"
-        raise HarmonizeError(f"{line}; give the folder that holds it, or download=True") from error
+        line = f"{kind} at {folder[-40:]}: not found or damaged; give the folder that holds it"
+        raise HarmonizeError(f"{line} (in Python, load_dataset('{kind}:DIR', download=True) fetches it)") from error
     pixels = torch.as_tensor(source.data)
     images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     labels = torch.as_tensor(source.targets)

@@ -65,6 +65,8 @@ def contextual_decomposition(model: nn.Module, images: Tensor, masks: Tensor) ->
     the input's magnitude.
     """
     x = prepare(model, images)
+    if not isinstance(masks, Tensor):
+        raise HarmonizeError(f"masks must be a bool tensor (N, H, W), not {masks!r:.40}: not every data set has masks")
     if masks.dtype != torch.bool or masks.shape != (len(x), *x.shape[2:]):
         want = (len(x), *x.shape[2:])
         raise HarmonizeError(f"masks must be bool {want}, one group per image, not {masks.dtype} {tuple(masks.shape)}")

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool2d, conv2d, pad
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.tasks import check_generator
 
 FILLS = ("mean", "blur", "road")
 BLUR_KERNEL, BLUR_SIGMA = 11, 5.0
@@ -41,7 +42,7 @@ def patch_scores(maps: Tensor, patch: int) -> Tensor:
     """
     _check_maps(maps)
     height, width = maps.shape[1:]
-    if patch < 1 or height % patch or width % patch:
+    if not isinstance(patch, int) or patch < 1 or height % patch or width % patch:
         side = gcd(height, width)
         fits = ", ".join(str(d) for d in range(1, side + 1) if side % d == 0)
         line = f"patch={patch} does not divide maps of {height}x{width}: use one of {fits}"
@@ -386,12 +387,14 @@ def top_membership(low: Tensor, high: Tensor, count: int | Tensor) -> Tensor:
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:
+    check_generator(generator)
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
 def _check_maps(maps: Tensor) -> None:
-    if maps.ndim != 3:
-        raise HarmonizeError(f"maps has shape {tuple(maps.shape)}: give (N, H, W)")
+    if not isinstance(maps, Tensor) or maps.ndim != 3:
+        found = f"shape {tuple(maps.shape)}" if isinstance(maps, Tensor) else f"the type {type(maps).__name__}"
+        raise HarmonizeError(f"maps has {found}: give a tensor (N, H, W)")
 
 
 def _check_images(images: Tensor, mask: Tensor) -> None:
@@ -401,8 +404,8 @@ def _check_images(images: Tensor, mask: Tensor) -> None:
         raise HarmonizeError(f"images are {images.dtype}: give uint8 or float in [0, 1]")
     if images.isnan().any():
         raise HarmonizeError("images hold NaN: clean them first")
-    if mask.dtype != torch.bool:
-        raise HarmonizeError(f"mask is {mask.dtype}: give torch.bool, such as mask > 0")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise HarmonizeError(f"mask is {getattr(mask, 'dtype', mask)}: give torch.bool, such as mask > 0")
     if mask.shape != (len(images), *images.shape[2:]):
         shapes = f"mask {tuple(mask.shape)} does not match images {tuple(images.shape)}"
         raise HarmonizeError(f"{shapes}: give (N, H, W) for (N, C, H, W)")

@@ -93,7 +93,7 @@ def read_image(path: Path, size: int | None = None) -> Tensor:
     Raises
     ------
     HarmonizeError
-        The file is missing, truncated or no image.
+        The file is missing, truncated, no image, or has more pixels than Pillow's limit, 179 million.
     """
     try:
         with Image.open(path) as file:
@@ -104,8 +104,11 @@ def read_image(path: Path, size: int | None = None) -> Tensor:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise HarmonizeError(f"{str(path)[-80:]}: more than 179 million pixels: scale it down or remove it") from error
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise HarmonizeError(f"{path}: not a readable image ({str(error)[:60]}): remove or replace the file") from error
+        line = f"{str(path)[-70:]}: not a readable image ({str(error)[:60]})"
+        raise HarmonizeError(f"{line}: remove or replace the file") from error
     pixels = pil_to_tensor(image)
     if size is None:
         return pixels

@@ -162,6 +162,8 @@ def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def _pair(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(masks, Tensor):
+        raise HarmonizeError(f"masks must be a bool tensor (N, H, W), not {masks!r:.40}: not every data set has masks")
     if maps.ndim != 3 or maps.shape != masks.shape:
         shapes = f"{tuple(maps.shape)} and masks {tuple(masks.shape)}"
         raise HarmonizeError(f"maps {shapes} do not match: give (N, H, W) for both")

@@ -604,7 +604,7 @@ def check(notebook: str, values: Mapping[str, Any]) -> Any:
         message = first["msg"].lower().replace(" after validation", "")
         if first["type"] == "string_type" and isinstance(value, dict):  # how YAML reads 'imagefolder: DIR'
             key, rest = next(iter(value.items()), ("name", None))
-            message = f"write one text without a space, as in {str(key)[:30]}:{str(rest or 'DIR')[:30]}"
+            message = f"write one text without a space, as in {str(key)[:30]}:{str(rest or 'PATH')[:30]}"
         raise HarmonizeError(f"parameter {place!r} of {notebook}: {message}; got {str(value)[:60]!r}") from None
 
 

@@ -24,20 +24,29 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from harmonize_lib import bam_study, cross_architecture, execution, paths, study
+from harmonize_lib import bam_study, consensus_training, cross_architecture, execution, paths, penalty_study, study
 from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
 from harmonize_lib.models import Model, load_model
 from harmonize_lib.parameters import NOTEBOOKS, Study, check
 from harmonize_lib.plots import PACKAGES
+from harmonize_lib.prior_study import load_pixels
 from harmonize_lib.storage import sha256_file, sha256_json, write_atomic
+from harmonize_lib.tabular import load_table
 
 NOT_READ_BY_NOTEBOOKS = ("cli.py", "runner.py", "execution.py", "sweep.py", "verify.py")
 STOP_SECONDS = 15  # how long a notebook that is stopped may take to save itself
-CONNECT_SECONDS = 10
+CONNECT_SECONDS = 5
 WORKER_SECONDS = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+READS = {  # tables under the figures folder that other runs than the notebook's own make
+    "04_cross_architecture_transfer": "imagenet-sample/*/*.csv",
+    "09_attribution_priors": "real-data/09_attribution_priors/*.csv",
+    "11_explanation_penalties": "real-data/11_explanation_penalties/*.*",
+    "13_reality_checks": "[0-9][0-9]_*/*.csv",
+}
+LAST = "13_reality_checks"  # reads what the other notebooks of the same run make
 EXPLAINED = {"04_cross_architecture_transfer": cross_architecture.explained, "07_bam": bam_study.explained}
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
 
@@ -66,6 +75,10 @@ class Job:
         Folder it runs in.
     environment : dict[str, str]
         Environment variables it gets besides those of the process that runs it.
+    reads : tuple[Path, str] | None
+        A folder and a pattern: files that other jobs make and that the result depends on too.
+    last : bool
+        Whether it waits for the other jobs of a run, because it reads what they make.
     """
 
     name: str
@@ -77,6 +90,8 @@ class Job:
     timeout: float = 6 * 3600
     cwd: str = field(default_factory=os.getcwd)
     environment: dict[str, str] = field(default_factory=lambda: {"HARMONIZE_CACHE": str(paths.CACHE)})
+    reads: tuple[Path, str] | None = None
+    last: bool = False
 
     @property
     def status(self) -> Path:
@@ -144,6 +159,7 @@ def study_job(notebook: str, values: Mapping[str, Any], figures: Path, timeout: 
     source = paths.NOTEBOOKS / f"{notebook}.ipynb"
     check_cell(source, NOTEBOOKS[notebook].model_fields)
     kept = paths.ROOT / "runs" if figures == paths.ROOT / "figures" else figures
+    read_from = figures if notebook == LAST else paths.FIGURES.resolve()
     return Job(
         name=notebook,
         source=source,
@@ -152,6 +168,8 @@ def study_job(notebook: str, values: Mapping[str, Any], figures: Path, timeout: 
         parameters=dict(values) | {"output": str(figures)},
         inputs=inputs_of(source, settings.model_dump(exclude={"output"})),
         timeout=timeout,
+        reads=(read_from, READS[notebook]) if notebook in READS else None,
+        last=notebook == LAST,
     )
 
 
@@ -245,6 +263,15 @@ def _listing(text: str) -> str:
     return sha256_json(found)
 
 
+def _inputs_now(job: Job) -> dict[str, Any]:
+    """The inputs of a job with the hashes of the files it reads, which may change until it starts."""
+    if job.reads is None:
+        return job.inputs
+    folder, pattern = job.reads
+    files = [path for path in sorted(folder.glob(pattern)) if job.figures not in path.parents]
+    return job.inputs | {"read": {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}}
+
+
 def is_unchanged(job: Job) -> bool:
     """Whether a job finished before with the same inputs, and everything it made is still as it was.
 
@@ -260,7 +287,7 @@ def is_unchanged(job: Job) -> bool:
     """
     try:
         told = json.loads(job.status.read_text())
-        same = told["state"] == "finished" and told["inputs"] == job.inputs and job.target.is_file()
+        same = told["state"] == "finished" and told["inputs"] == _inputs_now(job) and job.target.is_file()
         return same and all(sha256_file(job.figures / name) == digest for name, digest in told["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -290,7 +317,7 @@ def run_notebook(job: Job, show: Callable[[str], None] | None = None) -> Outcome
     """
     job.target.parent.mkdir(parents=True, exist_ok=True)
     job.status.unlink(missing_ok=True)
-    before, began = _stamps(job.figures), time.monotonic()
+    before, inputs, began = _stamps(job.figures), _inputs_now(job), time.monotonic()
     order = {"source": str(job.source), "target": str(job.target), "parameters": job.parameters}
     child = subprocess.Popen(  # noqa: S603
         [sys.executable, "-P", execution.__file__],
@@ -325,14 +352,14 @@ def run_notebook(job: Job, show: Callable[[str], None] | None = None) -> Outcome
     files = [path for path, stamp in _stamps(job.figures).items() if before.get(path) != stamp]
     hashes = {path.relative_to(job.figures).as_posix(): sha256_file(path) for path in sorted(files)}
     seconds = round(time.monotonic() - began, 1)
-    status = {"notebook": job.name, "state": "finished", "inputs": job.inputs, "files": hashes, "seconds": seconds}
+    status = {"notebook": job.name, "state": "finished", "inputs": inputs, "files": hashes, "seconds": seconds}
     write_atomic(job.status, json.dumps(status, indent=1) + "\n")
     return Outcome("finished", notes=_notes(job.target))
 
 
-def _run_unless_done(job: Job) -> Outcome:
+def _run_unless_done(job: Job, show: Callable[[str], None] | None = None) -> Outcome:
     """As a unit of Dask, which may repeat it: what another worker finished before it died is not run again."""
-    return Outcome("finished", notes=_notes(job.target)) if is_unchanged(job) else run_notebook(job)
+    return Outcome("finished", notes=_notes(job.target)) if is_unchanged(job) else run_notebook(job, show)
 
 
 def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -408,6 +435,8 @@ def run_jobs(
 ) -> list[Outcome]:
     """Run jobs one after the other, on local worker processes, or on a Dask cluster; the failed do not stop the rest.
 
+    Jobs that are ``last`` start when all others have ended.
+
     Parameters
     ----------
     jobs : Sequence[Job]
@@ -429,7 +458,7 @@ def run_jobs(
     Raises
     ------
     HarmonizeError
-        No scheduler answers, or it has no workers.
+        See :func:`connect`.
     """
     outcomes: dict[str, Outcome] = {}
 
@@ -438,8 +467,9 @@ def run_jobs(
         tell(job, outcome)
 
     workers = min(workers, max(len(jobs), len(maps)))
+    stages = [[job for job in jobs if not job.last], [job for job in jobs if job.last]]
     if scheduler is None and workers <= 1:
-        _one_by_one(jobs, end)
+        _one_by_one(stages[0] + stages[1], end)
     else:
         with tqdm(total=len(maps) + len(jobs), desc="maps and notebooks", unit="unit") as bar:
             began = time.time()
@@ -449,9 +479,10 @@ def run_jobs(
                         bar.update()
                         if isinstance(result, Outcome):  # the notebook that needs it will say what is wrong
                             bar.write(f"maps of {unit.model} by {unit.method}: {result.error}"[:200], file=sys.stderr)
-                    for job, result in _completed(client, _run_unless_done, jobs):
-                        bar.update()
-                        end(job, result)
+                    for stage in stages:
+                        for job, result in _completed(client, _run_unless_done, stage):
+                            bar.update()
+                            end(job, result)
             except KeyboardInterrupt:
                 for job in jobs:
                     if str(job.target) not in outcomes:
@@ -469,7 +500,7 @@ def _one_by_one(jobs: Sequence[Job], end: Callable[[Job, Outcome], None]) -> Non
                 sys.stderr.write("\r" + f"{name} {line}"[:width].ljust(width))
                 sys.stderr.flush()
 
-            outcome = run_notebook(job, show)
+            outcome = _run_unless_done(job, show) if job.last else run_notebook(job, show)
             sys.stderr.write("\r" + " " * width + "\r")
             end(job, outcome)
             if outcome.state == "interrupted":
@@ -482,8 +513,7 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
-    for name in ("distributed", "tornado", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _quiet()
     if scheduler is None:
         quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "memory_limit": 0}
         with (
@@ -493,21 +523,50 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         ):
             yield client
         return
+    with connect(scheduler) as client:
+        yield client
+
+
+def connect(scheduler: str) -> Any:
+    """Connect to a running Dask scheduler.
+
+    Parameters
+    ----------
+    scheduler : str
+        Its address, e.g. ``tcp://127.0.0.1:8786``.
+
+    Returns
+    -------
+    Any
+        A ``distributed.Client``.
+
+    Raises
+    ------
+    HarmonizeError
+        It is no address, no scheduler answers, or it has no workers.
+    """
+    from distributed import Client
+
+    _quiet()
+    address = scheduler[:60]
     try:
         client = Client(scheduler, timeout=CONNECT_SECONDS)
+    except ValueError as error:
+        raise HarmonizeError(f"--scheduler {address}: write tcp://HOST:PORT, e.g. tcp://127.0.0.1:8786") from error
     except Exception as error:
-        line = (
-            f"no Dask scheduler answers at {scheduler[:60]}: start one with 'dask scheduler', or leave --scheduler out"
-        )
+        line = f"no Dask scheduler answers at {address}: start one with 'dask scheduler', or leave --scheduler out"
         raise HarmonizeError(line) from error
-    with client:
-        try:
-            client.wait_for_workers(1, timeout=WORKER_SECONDS)
-        except Exception as error:
-            raise HarmonizeError(
-                f"{scheduler[:60]} has no workers: start some with 'dask worker {scheduler[:60]}'"
-            ) from error
-        yield client
+    try:
+        client.wait_for_workers(1, timeout=WORKER_SECONDS)
+    except Exception as error:
+        client.close()
+        raise HarmonizeError(f"{address} has no workers: start some with 'dask worker {address}'") from error
+    return client
+
+
+def _quiet() -> None:
+    for name in ("distributed", "tornado", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _completed(client: Any, function: Callable[[Any], Any], units: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
@@ -584,7 +643,15 @@ def preflight(settings: Any) -> None:
         A method, model, data set or device that is not there, a model of other classes than the data's, or a patch that
         does not divide the images.
     """
+    if hasattr(settings, "table"):
+        load_table(settings.table, settings.outcome, settings.horizon)
+        load_pixels(settings.pixels, settings.pixel_images, settings.seed)
+    if hasattr(settings, "digits"):
+        sizes = settings.n_train, settings.n_validation, settings.n_test
+        penalty_study.load(settings.digits, *sizes, settings.seed)
     models = [_model(spec, settings.device) for spec in getattr(settings, "models", [])]
+    if hasattr(settings, "judges"):
+        consensus_training.plan({model.name: model for model in models}, settings.fine_tuned, settings.judges)
     if not hasattr(settings, "dataset"):
         return
     dataset = _dataset(settings.dataset, settings.n_images, settings.seed)

@@ -18,6 +18,7 @@ import seaborn as sns
 import yaml
 from matplotlib.figure import Figure
 
+from harmonize_lib import paths
 from harmonize_lib.claims import CLAIMS
 from harmonize_lib.errors import HarmonizeError, unknown
 from harmonize_lib.parameters import NOTEBOOKS, check
@@ -82,16 +83,19 @@ def read_sweep(path: Path) -> Sweep:
     Raises
     ------
     HarmonizeError
-        No such file, no YAML, an unknown key, notebook or parameter, or a value that will not do.
+        No such file, no YAML, an unknown key, notebook or parameter, one given twice, or a value that will not do.
     """
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        told, twice = yaml.safe_load(text), _given_twice(text)
     except (OSError, UnicodeDecodeError) as error:
         raise HarmonizeError(f"sweep file {path.name} cannot be read: give the path of a YAML file") from error
     except yaml.YAMLError as error:
         raise HarmonizeError(f"{path.name} is no YAML: {str(error).splitlines()[0][:100]}") from error
     if not isinstance(told, dict):
         raise HarmonizeError(f"{path.name}: a sweep file holds notebook: and grid:, see harmonize sweep --help")
+    if twice:
+        raise HarmonizeError(f"{path.name}: {twice[:40]} is given twice, leave one out")
     for key in told:
         if key not in KEYS:
             raise unknown(f"key in {path.name}", key, KEYS)
@@ -99,12 +103,13 @@ def read_sweep(path: Path) -> Sweep:
     base, grid = told.get("base") or {}, told.get("grid")
     if not isinstance(grid, dict) or not grid or not isinstance(base, dict):
         raise HarmonizeError(f"{path.name}: grid: must hold parameters with lists of values, and base: single values")
+    as_json(base | grid)
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise HarmonizeError(f"{path.name}: grid: {str(name)[:40]} must be a list of values, e.g. [1, 2]")
         if name in base:
             raise HarmonizeError(f"{path.name}: {str(name)[:40]} stands in base: and in grid:, leave one out")
-        if len({json.dumps(value, default=str) for value in values}) < len(values):
+        if len({json.dumps(value) for value in values}) < len(values):
             raise HarmonizeError(f"{path.name}: grid: {str(name)[:40]} lists a value twice")
     if "output" in {*base, *grid}:
         raise HarmonizeError(f"{path.name}: output cannot be swept: choose the folder with --out")
@@ -113,9 +118,26 @@ def read_sweep(path: Path) -> Sweep:
             raise unknown(f"parameter of {notebook}", name, NOTEBOOKS[notebook].model_fields)
     sets = [base | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     for values in sets:
-        as_json(values)
         check(notebook, values)
     return Sweep(notebook, grid, sets)
+
+
+def _given_twice(text: str) -> str | None:
+    """A key that a mapping of a YAML document holds twice, of which YAML would keep the last."""
+    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))  # an alias may lead back
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            return str(max(keys, key=keys.count)[1])
+        waiting += [value for _, value in node.value]
+    return None
 
 
 def find_notebook(name: str) -> str:
@@ -134,14 +156,19 @@ def find_notebook(name: str) -> str:
     Raises
     ------
     HarmonizeError
-        There is none, or no such file.
+        There is none, no such file, or a file that is not the repository's own.
     """
     path = Path(name)
-    if path.suffix == ".ipynb" and not path.is_file():
-        raise HarmonizeError(f"no such notebook: {name[-100:]}: give its path, name or number")
     for notebook in NOTEBOOKS:
-        if path.stem in (notebook, notebook.split("_")[0]) or name.zfill(2) == notebook.split("_")[0]:
+        if name == notebook or name.zfill(2) == notebook[:2]:
             return notebook
+        if path.is_file() and path.resolve() == (paths.NOTEBOOKS / f"{notebook}.ipynb").resolve():
+            return notebook
+    if path.is_file():
+        line = "is no notebook of this repository: give a name or number, or run your copy with papermill"
+        raise HarmonizeError(f"{name[-80:]} {line}")
+    if path.suffix == ".ipynb":
+        raise HarmonizeError(f"no such notebook: {name[-100:]}: give its path, name or number")
     raise unknown("notebook", name, NOTEBOOKS)
 
 

@@ -324,6 +324,26 @@ def check_numbers(least: float, **values: Any) -> None:
             raise HarmonizeError(f"{name} must be {kind} of at least {least}, not {str(value)[:40]!r}")
 
 
+def check_generator(generator: object) -> None:
+    """Refuse what is given for a generator and is none.
+
+    Parameters
+    ----------
+    generator : object
+        What was given.
+
+    Raises
+    ------
+    HarmonizeError
+        Neither a ``torch.Generator`` nor None.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        kind = type(generator).__name__
+        raise HarmonizeError(
+            f"generator must be a torch.Generator, such as torch.Generator().manual_seed(0), not {kind}"
+        )
+
+
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode afterwards, whatever happens.

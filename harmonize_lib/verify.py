@@ -18,6 +18,7 @@ from harmonize_lib.models import manifest, shipped_hash
 from harmonize_lib.storage import sha256_file, sha256_json
 
 ENDINGS = ("csv", "png", "svg")
+LEDGER_FIGURE = "13_reality_checks/claims_ledger.csv"
 FIELDS = ("figure", "parameters", "weights", "sha256", "commit", "versions", "device", "seconds")
 
 
@@ -294,6 +295,9 @@ def _ledger(figures: Path) -> Iterator[str]:
         return
     if path.read_text() != ledger_text(figures):
         yield "claims.csv: is not what the notebooks' claims add up to: harmonize run"
+    kept = figures / LEDGER_FIGURE
+    if kept.is_file() and kept.read_bytes() != path.read_bytes():
+        yield f"{LEDGER_FIGURE}: is not the ledger claims.csv: harmonize run {LEDGER_FIGURE[:2]}"
     readme = paths.ROOT / "README.md"
     if figures == paths.ROOT / "figures" and readme.is_file():
         text = readme.read_text()

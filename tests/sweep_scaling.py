@@ -1,6 +1,8 @@
-"""Time a sweep on one and on two single-threaded workers, and compare the tables.
+"""Time a sweep on one and on two single-threaded workers, and compare the tables and pictures.
 
 python tests/sweep_scaling.py OUT [--n-images 20]
+
+Exit code 1 when a byte differs, or two workers take more than 0.65 of the time of one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+MOST = 0.65
 PLAN = {
     "notebook": "03",
     "base": {
@@ -43,17 +46,17 @@ def main() -> None:
         begin = time.monotonic()
         subprocess.run(command, env=dict(os.environ) | {"HARMONIZE_CACHE": str(cache)}, check=True)
         seconds[jobs] = time.monotonic() - begin
-    names = [
-        sorted(p.relative_to(given.out / f"jobs{jobs}") for p in (given.out / f"jobs{jobs}").rglob("*.csv"))
-        for jobs in (1, 2)
-    ]
+    names = []
+    for jobs in (1, 2):
+        folder = given.out / f"jobs{jobs}"
+        names.append(sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".csv", ".svg")))
     same = names[0] == names[1] and all(
         (given.out / "jobs1" / name).read_bytes() == (given.out / "jobs2" / name).read_bytes() for name in names[0]
     )
     ratio = seconds[2] / seconds[1]
     print(f"12 parameter sets: {seconds[1]:.0f} s on one worker, {seconds[2]:.0f} s on two: ratio {ratio:.2f}")
-    print(f"{len(names[0])} tables {'identical' if same else 'DIFFER'}")
-    sys.exit(not same)
+    print(f"{len(names[0])} tables and pictures {'identical' if same else 'DIFFER'}")
+    sys.exit(not same or ratio > MOST)
 
 
 if __name__ == "__main__":

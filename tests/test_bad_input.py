@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,15 +27,20 @@ from harmonize_lib import (
     HarmonizeError,
     cli,
     consensus,
+    contextual_decomposition,
     explain,
     feature_mask,
+    input_independence_rate,
     insertion,
     load_dataset,
     load_model,
+    model_contrast_score,
     paths,
+    relevance_mass,
     study,
     transfer_table,
 )
+from harmonize_lib.errors import unknown
 from harmonize_lib.storage import remember, stored_at, write_atomic
 from harmonize_lib.train import predict
 from harmonize_lib.transfer import recognize
@@ -62,6 +70,13 @@ def place(tmp_path, monkeypatch):
     cut = tmp_path / "truncated" / "cat" / "1.png"
     cut.write_bytes(cut.read_bytes()[:2000])
     (tmp_path / "text" / "cat" / "0.png").write_text("not a picture")
+    (tmp_path / "one_bare" / "cat").mkdir(parents=True)
+    (tmp_path / "one_bare" / "dog").mkdir()
+    shutil.copyfile(tmp_path / "photos" / "cat" / "0.png", tmp_path / "one_bare" / "cat" / "0.png")
+    (tmp_path / "one_bare" / "dog" / "0.gif").write_bytes(b"GIF89a")
+    (tmp_path / "huge" / "cat").mkdir(parents=True)
+    (tmp_path / "huge" / "cat" / "0.png").write_bytes(png_that_says(20_000, 20_000))
+    (tmp_path / "broken.py").write_text("def build(:\n")
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "def unnamed():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))\n"
@@ -70,8 +85,22 @@ def place(tmp_path, monkeypatch):
         "def counted():\n    net = unnamed()\n    net.classes = 3\n    return net\n"
         "def others():\n    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))\n"
         "    net.classes = tuple('abcdefghij')\n    return net\n"
+        "def sized(classes):\n    return others()\n"
+        "def raises():\n    raise RuntimeError('no such\\nfile of mine')\n"
+        "def lazy():\n    net = unnamed()\n    net.classes = ('a', 'b', 'c')\n    return net\n"
+        "def graymean():\n    net = others()\n    net.mean = 'gray'\n    return net\n"
     )
     return tmp_path
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A PNG of one pixel whose header claims another size."""
+    file = BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "png")
+    data = bytearray(file.getvalue())
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
 
 
 def listing(folder: Path) -> dict[str, int]:
@@ -128,15 +157,64 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "models of the same labels",
     ),
     "no such kind of model": (given("04", "models", "[hub:resnet, vgg-obj]"), "'timm:TAG' or 'python:"),
+    "a callable with an argument": (given("04", "models", "[python:mine:sized, vgg-obj]"), "called without arguments"),
+    "a callable that raises": (given("04", "models", "[python:mine:raises, vgg-obj]"), "no such file of mine"),
+    "a module that is no Python": (given("04", "models", "[python:broken:build, vgg-obj]"), "mend the module"),
+    "a lazy layer": (given("04", "models", "[python:mine:lazy, vgg-obj]"), "give its sizes"),
+    "a mean that is no number": (given("04", "models", "[python:mine:graymean, vgg-obj]"), "number per channel"),
     "one model": (given("04", "models", "[resnet-obj]"), "'models'"),
+    "a model twice": (given("04", "models", "[vgg-obj, vgg-obj]"), "'vgg-obj' twice"),
+    "a method twice": (given("04", "methods", "[saliency, saliency]"), "'saliency' twice"),
+    "a fraction twice": (given("04", "fractions", "[0.05, 0.1, 0.1]"), "'0.1' twice"),
     "a word for a list": (given("04", "models", "resnet-obj"), "'models'"),
     "unknown method": (given("04", "methods", "[salency]"), "did you mean 'saliency'"),
     "no method": (given("04", "methods", "[]"), "'methods'"),
     "unknown option of a method": (given("04", "options", "{saliency: {step: 3}}"), "unknown option of saliency"),
+    "a negative number of steps": (
+        given("04", "options", "{integrated_gradients: {steps: -4}}"),
+        "options of integrated_gradients: steps must be",
+    ),
+    "a patch beyond the image, as an option": (given("04", "options", "{occlusion: {patch: 65}}"), "side 64 must hold"),
+    "a baseline there is not": (
+        given("04", "options", "{integrated_gradients: {baseline: gray}}"),
+        "choose from black",
+    ),
+    "a list for a rule": (given("04", "options", "{integrated_gradients: {rule: [1]}}"), "cannot use rule=[1]"),
+    "a method unlike any": (given("04", "methods", "[zzz]"), "harmonize params NAME lists all 15)"),
     "options of an unknown method": (given("04", "options", "{salency: {}}"), "did you mean 'saliency'"),
     "unknown rule": (given("05", "rules", "[meen]"), "did you mean 'mean'"),
     "a number for a list": (given("05", "rules", "3"), "'rules'"),
     "unknown dataset": (given("04", "dataset", "shape-on-scenes"), "did you mean 'shapes-on-scenes'"),
+    "a misspelled method for shortcuts": (given("05", "shortcut_methods", "[salency]"), "did you mean 'saliency'"),
+    "a misspelled method for consensus": (given("07", "harmonized_methods", "[salency]"), "did you mean 'saliency'"),
+    "a misspelled scene model": (given("07", "scene_models", "[resnt-scene]"), "did you mean 'resnet-scene'"),
+    "a commonality of all scenes": (given("07", "commonalities", "[5, 10]"), "less than or equal to 9"),
+    "a table there is not": (given("09", "table", "nope"), "choose from breast_cancer, csv, diabetes"),
+    "a table that is missing": (given("09", "table", "csv:missing.csv"), "missing.csv: no such file"),
+    "pixels that are missing": (given("09", "pixels", "mnist:missing"), "mnist at missing"),
+    "a misspelled model to train": (
+        [*given("09", "models", "[resnet-obj, vgg-obj]"), "-p", "fine_tuned=[resnt-obj, vgg-obj]"],
+        "'resnt-obj' is not among the models: choose from resnet-obj, vgg-obj",
+    ),
+    "one judge for two models": (
+        [*given("09", "models", "[resnet-obj, vgg-obj]"), "-p", "judges=[vgg-obj]"],
+        "a judge of its own",
+    ),
+    "an unknown method to pool": (given("09", "consensus_method", "foo"), "unknown method 'foo'"),
+    "a share above 1": (given("09", "flips", "[0, 1.5]"), "'flips.1'"),
+    "a negative sigma": (given("09", "sigmas", "[0, -1]"), "'sigmas.1'"),
+    "an endless sigma": (given("09", "sigmas", "[0, .inf]"), "no JSON value"),
+    "three times a graph": (given("09", "graph_shares", "[0, 3]"), "'graph_shares.1'"),
+    "a negative weight": (given("09", "pixel_weights", "[-1]"), "greater than 0"),
+    "a layer of no width": (given("09", "hidden", "[0]"), "'hidden.0'"),
+    "a seed twice": (given("09", "tuning_seeds", "[0, 0]"), "'tuning_seeds' has '0' twice"),
+    "digits that are missing": (given("11", "digits", "mnist:missing"), "mnist at missing"),
+    "more digits than there are": (given("11", "n_train", "50000"), "more than the 1797 images"),
+    "a negative strength": (given("11", "strengths", "[-1, 1]"), "'strengths.0'"),
+    "unknown wavelet": (given("12", "wavelets", "[foo]"), "choose from coif1, db1"),
+    "a long wavelet": (given("12", "wavelets", "[db20]"), "of at most 10 taps 'db20'"),
+    "a folder behind a space": (given("04", "dataset", "imagefolder:"), "as in imagefolder:PATH"),
+    "a folder of what has none": (given("04", "dataset", "shapes-on-scenes:foo"), "leave the colon out"),
     "a dataset without its folder": (given("04", "dataset", "imagefolder"), "imagefolder:DIR"),
     "output in a file": (given("04", "output", "file"), "older"),
     "output below a file": (given("04", "output", "file/below"), "older"),
@@ -153,6 +231,9 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "data: empty folder": (["data", "imagefolder:empty"], "no images"),
     "data: folder without images": (["data", "imagefolder:no_images"], "no images"),
     "data: too few images": (["data", "imagefolder:photos", "--n", "9"], "holds 3 images"),
+    "data: a class without images": (["data", "imagefolder:one_bare", "--n", "1"], "one_bare/dog: no images"),
+    "data: an image beyond measure": (["data", "imagefolder:huge", "--n", "1"], "more than 179 million pixels"),
+    "data: a folder of what has none": (["data", "shapes-on-scenes:foo"], "leave the colon out"),
     "data: a truncated image": (["data", "imagefolder:truncated", "--n", "3"], "truncated/cat/1.png"),
     "data: a text for an image": (["data", "imagefolder:text", "--n", "1"], "text/cat/0.png"),
     "data: no ImageNet class": (["data", "imagefolder:wordnet", "--n", "1"], "'n99999999' is no ImageNet-1k class"),
@@ -305,7 +386,7 @@ CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a device that is not there": (lambda place: load_model("resnet-obj", device="cuda:99"), "'cuda:99'"),
     "a device that does not exist": (lambda place: load_model("resnet-obj", device="gpu"), "'gpu'"),
     "run: unknown method": (start(methods=["salency"]), "did you mean 'saliency'"),
-    "run: a model twice": (start(models=["vgg-obj", "vgg-obj"]), "same network twice"),
+    "run: a model twice": (start(models=["vgg-obj", "vgg-obj"]), "'vgg-obj' twice"),
     "run: models of other classes": (
         start(models=["resnet-obj", "resnet-scene"]),
         "'resnet-scene' knows other classes, 10 (horizon",
@@ -360,6 +441,38 @@ CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
         "object",
     ),
     "an option the data set has not": (lambda place: load_dataset("shapes-on-scenes", n=2, size=64), "option"),
+    "a negative seed of the images": (lambda place: load_dataset("shapes-on-scenes", n=2, seed=-1), "seed must be"),
+    "half an image": (lambda place: load_dataset("shapes-on-scenes", n=2.5), "n must be a whole number"),  # type: ignore[arg-type]
+    "explain: pixels of 0 to 255": (
+        lambda place: explain(model("vgg"), 255 * torch.rand(2, 3, 64, 64), torch.tensor([0, 1]), "saliency"),
+        "scale them to [0, 1]",
+    ),
+    "explain: a number for a generator": (explained(method="smoothgrad", generator=0), "torch.Generator"),
+    "mask: a number for a generator": (
+        lambda place: feature_mask(torch.rand(2, 64, 64), 0.1, 4, generator=0),  # type: ignore[arg-type]
+        "torch.Generator",
+    ),
+    "mask: a patch that is no whole number": (
+        lambda place: feature_mask(torch.rand(2, 64, 64), 0.1, 4.0),  # type: ignore[arg-type]
+        "patch=4.0 does not divide maps of 64x64: use one of 1, 2, 4",
+    ),
+    "consensus: a list of maps": (
+        lambda place: consensus([torch.rand(2, 8, 8)] * 2),  # type: ignore[arg-type]
+        "torch.stack",
+    ),
+    "relevance: no masks": (lambda place: relevance_mass(torch.rand(2, 8, 8), None), "not None"),  # type: ignore[arg-type]
+    "contrast: no masks": (
+        lambda place: model_contrast_score(torch.rand(2, 8, 8), torch.rand(2, 8, 8), None),  # type: ignore[arg-type]
+        "not None",
+    ),
+    "decomposition: no masks": (
+        lambda place: contextual_decomposition(model("vgg"), shapes5()[0], None),  # type: ignore[arg-type]
+        "not None",
+    ),
+    "independence: a negative threshold": (
+        lambda place: input_independence_rate(*[torch.rand(2, 8, 8)] * 2, torch.ones(2, 8, 8).bool(), threshold=-1),
+        "threshold must be",
+    ),
     "a file in the place of a folder": (lambda place: write_atomic(place / "file" / "x.csv", "1"), "cannot write"),
     "a folder nothing can be made in": (lambda place: write_atomic(Path("/proc/1/figures/x.csv"), "1"), "cannot write"),
 }
@@ -374,6 +487,19 @@ def test_calls(name, place):
         call(place)
     one_line(name, str(error.value), says)
     assert {path for path in listing(place) if not path.startswith("weights")} == names
+
+
+@pytest.mark.parametrize("length", [1, 7, 30, 150])
+@pytest.mark.parametrize("listed", ["", "list_methods()"])
+def test_names_that_are_listed_are_whole_and_fit_on_a_line(length, listed):
+    for count in range(60):
+        options = [f"{i:02d}{'x' * length}" for i in range(count)]
+        line = str(unknown("method", "?" * 70, options, listed))
+        assert len(line) <= 200 - len("harmonize: ")
+        shown = line.partition("choose from ")[2].split(", ")
+        if set(shown) != set(options) and count:
+            assert shown.pop() == (f"... ({listed} lists all {count})" if listed else f"... (in all {count})")
+            assert shown == options[: len(shown)]
 
 
 def test_there_are_forty_cases():
@@ -526,6 +652,19 @@ def papermill(place: Path, book: nbformat.NotebookNode, *arguments: str) -> tupl
     [
         ("papermill: a misspelled parameter", notebook(), ["-p", "n_image", "3"], "did you mean 'n_images'"),
         ("papermill: k out of range", notebook(), ["-y", "{fractions: [0.1, 2]}"], "'fractions.1'"),
+        ("papermill: a model twice", notebook(), ["-y", "{models: [vgg-obj, vgg-obj]}"], "'vgg-obj' twice"),
+        (
+            "papermill: a negative number of steps",
+            notebook(),
+            ["-y", "{methods: [integrated_gradients], options: {integrated_gradients: {steps: -4}}}"],
+            "options of integrated_gradients: steps must be",
+        ),
+        (
+            "papermill: a callable that raises",
+            notebook(),
+            ["-y", "{models: ['python:mine:raises', vgg-obj]}"],
+            "no such file of mine",
+        ),
         (
             "papermill: no parameters cell",
             nbformat.from_dict(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from small import notebook
 
-from harmonize_lib import cli, paths
+from harmonize_lib import HarmonizeError, cli, paths
 from harmonize_lib.parameters import NOTEBOOKS
 
 SMALL = ["-p", "models", "[resnet-obj, mobilenet-obj]", "-p", "methods=[saliency, integrated_gradients]"]
@@ -25,7 +30,9 @@ def harmonize(*arguments: str, cwd: Path | None = None, cache: Path | None = Non
 
 
 def tables(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.csv")}
+    """Tables and pictures."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".csv", ".svg")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +117,106 @@ def test_a_notebook_that_takes_too_long_is_named_and_the_exit_code_says_so(tmp_p
     assert "the ledger of claims was left as it is" in told and not (tmp_path / "claims.csv").exists()
 
 
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from harmonize_lib import paths
+from harmonize_lib.cli import main
+paths.NOTEBOOKS = Path(sys.argv.pop(1))
+main()
+"""
+TINY = ["-p", "n_images", "4", "-p", "models", "[resnet-obj, vgg-obj]", "-p", "methods=[saliency]", "--jobs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "code", "says"),
+    [
+        ("1 / 0", 1, "failed: 03_feature_images: In [4]: ZeroDivisionError: division by zero"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 1, "failed: 03_feature_images: In [4]: the kernel"),
+        ("import time; open(output + '.begun', 'w'); time.sleep(600)", 130, "interrupted: 03_feature_images: In [4]:"),
+    ],
+    ids=["raises", "killed", "Ctrl-C"],
+)
+def test_exit_codes_of_runs_that_fail(tmp_path, ran, cell, code, says):
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook(cell), tmp_path / "notebooks" / "03_feature_images.ipynb")
+    out, begun = tmp_path / "out", tmp_path / "out.begun"
+    process = subprocess.Popen(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "notebooks"), "run", "03", *TINY, "--out", str(out)],
+        env=dict(os.environ) | {"HARMONIZE_CACHE": str(ran[0] / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while code == 130 and not begun.exists() and process.poll() is None:
+        time.sleep(0.1)
+    if code == 130:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    told, error = process.communicate(timeout=300)
+    assert process.returncode == code and says in error and "Traceback" not in error, error
+    assert "0 of 1 notebooks finished" in told and not (out / "03_feature_images.status.json").exists()
+    assert nbformat.read(out / "03_feature_images.ipynb", 4).metadata["harmonize"]["state"] == "failed"
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("tcp://127.0.0.1:1", "no Dask scheduler answers at"), ("tpc://127.0.0.1:8786", "write tcp://HOST:PORT")],
+)
+def test_an_unreachable_scheduler_is_told_within_15_seconds_and_leaves_no_folder(tmp_path, command, address, says):
+    (tmp_path / "grid.yaml").write_text("notebook: 3\ngrid: {seed: [0, 1]}\n")
+    what = ["run"] if command == "run" else ["sweep", "grid.yaml"]
+    start = time.monotonic()
+    done = harmonize(*what, "--out", "out", "--scheduler", address, cwd=tmp_path)
+    assert time.monotonic() - start < 15
+    assert done.returncode == 2 and done.stdout == "" and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and len(done.stderr.strip()) <= 200
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "04", "-p", "n_images", "40"], "n_images = 40 is not the default"),
+        (["run", "04", "-p", "seed=1", "--out", str(paths.ROOT / "figures")], "seed = 1 is not the default"),
+        (["run", "03", "--profile", "paper"], "is not the default, which figures/ is made with: pass --out FOLDER"),
+        (["train"], "pass --out FOLDER for the weights"),
+        (["train", "resnet-obj"], "pass --out FOLDER for the weights"),
+    ],
+)
+def test_what_is_committed_is_not_replaced_by_mistake(here, arguments, says):
+    code, told, error = here(*arguments)
+    assert code == 2 and told == ""
+    assert says in error and len(error.strip().splitlines()) == 1 and len(error.strip()) <= 200
+
+
+def test_parameters_that_are_the_defaults_go_to_the_committed_figures():
+    cli._check_place(paths.ROOT / "figures", "04_cross_architecture_transfer", {"n_images": 100})
+    with pytest.raises(HarmonizeError, match="n_images = 101"):
+        cli._check_place(paths.ROOT / "figures", "04_cross_architecture_transfer", {"n_images": 101})
+
+
+def test_verify_takes_the_folder_of_a_run(ran, here, tmp_path):
+    place = shutil.copytree(ran[0] / "figures", tmp_path / "figures")
+    code, told, _ = here("verify", str(place))
+    assert code == 0 and " of 1 notebooks" in told and "every file is what its provenance says" in told
+    (place / "03_feature_images" / "selectivity.csv").write_text("edited\n")
+    code, _, error = here("verify", str(place))
+    assert (
+        code == 1
+        and error == "03_feature_images/selectivity.csv: changed after the run that made it (sha256 differs)\n"
+    )
+    code, _, error = here("verify", str(tmp_path / "no"))
+    assert code == 2 and "holds no executed notebook" in error and len(error.splitlines()) == 1
+
+
+def test_cores_are_counted_where_a_process_has_no_affinity(monkeypatch):
+    assert cli._cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert cli._cores() == os.cpu_count()
+
+
 def test_a_sweep_on_two_workers_is_one_table_of_all_sets_and_jobs_do_not_change_a_byte(
     ran, here, tmp_path, monkeypatch
 ):
@@ -155,6 +262,10 @@ def test_a_sweep_on_two_workers_is_one_table_of_all_sets_and_jobs_do_not_change_
         (["run", "--profile", "papers"], "did you mean 'paper'"),
         (["run", "01", "--profile", "imagenet"], "has no parameters for 01_data_and_models"),
         (["run", "03", "--out", "/dev/null/x"], "give a folder that can be written"),
+        (["run", "03", "--out", ""], "give a folder"),
+        (["sweep", "no.yaml", "--out="], "give a folder"),
+        (["export", "--out", ""], "give a folder"),
+        (["train", "resnet-obj", "--out", ""], "give a folder"),
         (["run", "03", "--jobs", "0"], "'--jobs'"),
         (["run", "03", "--frsh"], "--fresh"),
         (["sweep", "no.yaml"], "no.yaml cannot be read"),
@@ -170,11 +281,26 @@ def test_a_sweep_on_two_workers_is_one_table_of_all_sets_and_jobs_do_not_change_
 )
 def test_mistakes_are_one_line_and_exit_code_2_and_leave_nothing(here, monkeypatch, tmp_path, arguments, says):
     monkeypatch.chdir(tmp_path)
-    out = [] if "--out" in arguments or arguments[0] not in ("run", "sweep") else ["--out", str(tmp_path / "out")]
+    out = (
+        []
+        if any(a.startswith("--out") for a in arguments) or arguments[0] not in ("run", "sweep")
+        else ["--out", str(tmp_path / "out")]
+    )
     code, told, error = here(*arguments, *out)
     assert code == 2 and told == ""
     assert says in error and len(error.strip().splitlines()) == 1 and len(error.strip()) <= 200
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["run", "params", "export"])
+@pytest.mark.parametrize("name", ["04.ipynb", "04.py", "04_cross_architecture_transfer.ipynb"])
+def test_a_copy_of_a_notebook_is_not_taken_for_the_repositorys(here, tmp_path, command, name):
+    shutil.copy(paths.NOTEBOOKS / "04_cross_architecture_transfer.ipynb", tmp_path / name)
+    if command == "export" and name.endswith(".ipynb"):
+        return  # any notebook can be exported
+    code, told, error = here(command, str(tmp_path / name))
+    assert code == 2 and told == "" and "is no notebook of this repository" in error
+    assert len(error.strip().splitlines()) == 1 and len(error.strip()) <= 200
 
 
 def test_params_tells_name_type_default_range_and_meaning(here):

@@ -272,6 +272,10 @@ def test_errors_say_what_is_wrong():
         consensus(maps[0], "mean")
     with pytest.raises(HarmonizeError, match="none of them 0"):
         consensus(maps[:0], "mean")
+    with pytest.raises(HarmonizeError, match=r"patch 1\.0 does not divide the 5x5 map"):
+        consensus(torch.rand(2, 1, 5, 5), patch=1.0)
+    with pytest.raises(HarmonizeError, match="one tensor, not a tuple"):
+        consensus((torch.rand(1, 5, 5), torch.rand(1, 5, 5)))
     with pytest.raises(HarmonizeError, match="patch 3 does not divide the 5x5 map"):
         consensus(maps, "mean", patch=3)
     for bad in (torch.nan, torch.inf):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,10 @@ def test_texture_type_and_shape_have_their_own_class():
         (lambda: load_dataset("imagefolder"), "imagefolder:DIR"),
         (lambda: load_dataset("imagefolder:no/such"), "no such folder"),
         (lambda: load_dataset("mnist:no/such"), "download=True"),
+        (lambda: load_dataset(f"fashion-mnist:{'no/' * 100}such"), "fetches it"),
+        (lambda: load_dataset("shapes-on-scenes:no/such"), "leave the colon out"),
+        (lambda: load_dataset("shapes-on-scenes", n=True), "n must be a whole number"),
+        (lambda: load_dataset("shapes-on-scenes", n=2, seed=0.5), "seed must be a whole number"),
     ],
 )
 def test_mistakes_get_one_line(call, says):
@@ -124,6 +130,23 @@ def test_image_folder_counts_orders_and_crops(tmp_path):
     assert len(few) == 4
     with pytest.raises(HarmonizeError, match="holds 6 images"):
         load_dataset(f"imagefolder:{tmp_path}", n=7)
+
+
+def test_only_visible_folders_are_classes_and_what_is_left_out_is_said(tmp_path):
+    folder = _folder(tmp_path)
+    for hidden in (".ipynb_checkpoints", ".cache"):
+        shutil.copytree(folder / "cat", folder / hidden)
+    (folder / "cat" / ".DS_Store").write_text("")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_dataset(f"imagefolder:{folder}", size=32).classes == ("cat", "dog")
+    for name in ("cat/3.gif", "dog/3.gif", "dog/LICENSE"):
+        (folder / name).write_text("")
+    with pytest.warns(UserWarning, match=r"because they are no images: 3 \(\.gif, LICENSE\)"):
+        assert len(load_dataset(f"imagefolder:{folder}", size=32)) == 6
+    (folder / "bird").mkdir()
+    with pytest.raises(HarmonizeError, match="bird: no images in this class"):
+        load_dataset(f"imagefolder:{folder}", n=2, size=32)
 
 
 def test_one_bad_file_among_many_is_named(tmp_path):

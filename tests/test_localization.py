@@ -64,7 +64,8 @@ def test_average_precision_equals_sklearn_with_ties():
     ],
 )
 def test_equals_quantus(measure, name):
-    quantus = pytest.importorskip("quantus")
+    import quantus
+
     maps, masks = random_case(12)
     maps = maps.abs()
     metric = getattr(quantus, name)(abs=False, normalise=False, disable_warnings=True)
@@ -135,6 +136,8 @@ def test_invariants(measure):
 def test_mistakes_are_named():
     maps, masks = random_case()
     for measure in ALL:
+        with pytest.raises(HarmonizeError, match="not every data set has masks"):
+            measure(maps, None)
         with pytest.raises(HarmonizeError, match="do not match"):
             measure(maps, masks[:2])
         with pytest.raises(HarmonizeError, match=r"masks are torch\.float32: give torch\.bool"):

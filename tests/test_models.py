@@ -81,6 +81,10 @@ def test_preprocess_takes_bytes_floats_and_one_channel():
         model.preprocess(torch.full((1, 3, 64, 64), torch.nan))
     with pytest.raises(HarmonizeError, match="must be"):
         model.preprocess(images[0])
+    with pytest.raises(HarmonizeError, match=r"reach 255: scale them to \[0, 1\]"):
+        model.preprocess(torch.full((1, 3, 64, 64), 255.0))
+    assert model.preprocess(torch.full((1, 3, 64, 64), 1.03)).isfinite().all()  # noise above white
+    assert model.preprocess(images[:0]).shape == (0, 3, 64, 64)
 
 
 def test_shuffled_keeps_values_and_loses_their_order():

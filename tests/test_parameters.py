@@ -7,9 +7,13 @@ import re
 import nbformat
 import papermill
 import pytest
+import torch
+import yaml
 
-from harmonize_lib import HarmonizeError, paths
-from harmonize_lib.parameters import NOTEBOOKS, check, parameters_cell
+from harmonize_lib import HarmonizeError, list_models, load_dataset, load_model, paths
+from harmonize_lib.attribution import METHODS, check_options
+from harmonize_lib.parameters import BAM_OPTIONS, CHEAP, NOTEBOOKS, check, known, parameters_cell
+from harmonize_lib.study import check_classes
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -84,3 +88,61 @@ def test_what_a_notebook_would_ignore_or_average_wrongly_is_refused(notebook, va
     with pytest.raises(HarmonizeError, match=message):
         check(notebook, values)
     assert check("02_attribution_extraction", {"methods": ["saliency", "random"]}).methods == ["saliency", "random"]
+
+
+@pytest.mark.parametrize("path", sorted((paths.NOTEBOOKS / "profiles").glob("*/*.yaml")), ids=lambda p: p.parent.name)
+def test_profiles_pass(path):
+    check(path.stem, yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("notebook", "values", "message"),
+    [
+        ("03_feature_images", {"models": ["vgg-obj", "resnet-obj", "vgg-obj"]}, "'models' has 'vgg-obj' twice"),
+        ("12_transformations_and_wavelets", {"sparsities": [0.1, 0.1]}, "'sparsities' has '0.1' twice"),
+        ("12_transformations_and_wavelets", {"wavelets": ["bior2.2"]}, "choose from|did you mean"),
+        ("09_attribution_priors", {"sigmas": [0, float("inf")]}, "'sigmas.1'.*finite number"),
+        ("09_attribution_priors", {"horizon": float("nan")}, "'horizon'"),
+        ("09_attribution_priors", {"consensus_method": "random"}, "unknown method 'random'"),
+        ("04_cross_architecture_transfer", {"models": [{"timm": "resnet18"}, "vgg-obj"]}, "as in timm:resnet18"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(notebook, values, message):
+    with pytest.raises(HarmonizeError, match=message):
+        check(notebook, values)
+
+
+def test_layers_may_be_equally_wide_and_models_share_a_judge():
+    settings = check("09_attribution_priors", {"hidden": [8, 8], "judges": ["vit-obj", "vit-obj"]})
+    assert settings.hidden == [8, 8] and settings.judges == ["vit-obj", "vit-obj"]
+
+
+@pytest.mark.parametrize("notebook", [name for name in NOTEBOOKS if known(name)])
+def test_what_is_listed_as_known_is_taken(notebook):
+    names = known(notebook)
+    assert check(notebook, names).models == names["models"]
+    if not getattr(NOTEBOOKS[notebook], "controls_apart", True):
+        assert names["methods"] == list(METHODS)
+
+
+def test_models_are_listed_that_know_the_classes():
+    dataset = load_dataset("shapes-on-scenes", n=2)
+    listed = known("04_cross_architecture_transfer")["models"]
+    for name in list_models():
+        if name in listed:
+            check_classes(load_model(name), dataset)
+        else:
+            with pytest.raises(HarmonizeError, match="other classes"):
+                check_classes(load_model(name), dataset)
+
+
+@pytest.mark.parametrize("side", [64, 224])
+def test_options_are_tried_without_touching_the_global_generator(side):
+    state = torch.get_rng_state()
+    for options in (CHEAP, BAM_OPTIONS):
+        for method, chosen in options.items():
+            if method != "expected_gradients" or side == 64:  # needs references for images of another size
+                check_options(method, chosen, side)
+    with pytest.raises(HarmonizeError, match="options of occlusion: stride"):
+        check_options("occlusion", {"patch": side + 1}, side)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -11,14 +11,17 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from harmonize_lib import HarmonizeError, bam_study, paths, runner, study
-from harmonize_lib.parameters import check
+from harmonize_lib.parameters import NOTEBOOKS, check
+from harmonize_lib.reality_checks import CHECKS, THIS
 from harmonize_lib.runner import Job, Outcome, in_one_line, is_unchanged, run_jobs, run_notebook
+from harmonize_lib.storage import write_atomic
 
 SAVE = """
 import pathlib
@@ -247,13 +250,71 @@ def test_an_external_scheduler_and_a_worker_killed_half_way(tmp_path):
     assert [ran(one) for one in jobs] == [1, 1, 2] and all(map(is_unchanged, jobs))
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "tcp://127.0.0.1:port"])
-def test_an_unreachable_scheduler_is_one_line_within_15_seconds(tmp_path, address):
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("tcp://127.0.0.1:1", "no Dask scheduler answers at"),
+        ("nonsense", "write tcp://HOST:PORT"),
+        ("tcp://127.0.0.1:port", "write tcp://HOST:PORT"),
+        ("tpc://127.0.0.1:8786", "write tcp://HOST:PORT"),
+    ],
+)
+def test_an_unreachable_scheduler_is_one_line_within_15_seconds(tmp_path, address, says):
     start = time.monotonic()
-    with pytest.raises(HarmonizeError, match="no Dask scheduler answers at") as error:
+    with pytest.raises(HarmonizeError, match=says) as error:
         run_jobs([job(tmp_path, "a")], scheduler=address)
     assert time.monotonic() - start < 15 and len(str(error.value).splitlines()) == 1 and len(str(error.value)) <= 200
     assert not (tmp_path / "a.ipynb").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_notebook_that_reads_what_others_make_runs_after_them_and_again_when_that_changes(tmp_path, workers):
+    gather = "from pathlib import Path\n"
+    gather += "x = [path.read_text() for path in sorted(Path(output).parent.glob('other*/x.csv'))]"
+    reader = replace(job(tmp_path, "reader", gather), reads=(tmp_path, "*/x.csv"), last=True)
+    others = [job(tmp_path, "other1", "import time\ntime.sleep(3)", x=5), job(tmp_path, "other2", x=6)]
+    assert [outcome.state for outcome in run_jobs([reader, *others], workers)] == ["finished"] * 3
+    assert (tmp_path / "reader" / "x.csv").read_text() == "['5\\n', '6\\n']\n" and is_unchanged(reader)
+    assert set(json.loads(reader.status.read_text())["inputs"]["read"]) == {"other1/x.csv", "other2/x.csv"}
+    run_jobs([reader], workers)
+    assert ran(reader) == 1  # what it reads is the same
+    (tmp_path / "other2" / "x.csv").write_text("7\n")
+    assert not is_unchanged(reader)
+    run_jobs([reader], workers)
+    assert ran(reader) == 2 and "'7\\n'" in (tmp_path / "reader" / "x.csv").read_text() and is_unchanged(reader)
+
+
+def test_notebook_13_depends_on_every_table_and_claim_it_reads(tmp_path):
+    read = {(check.notebook, check.table) for check in CHECKS.values() if check.notebook != THIS}
+    read |= {("05_harmonisation", "rules"), ("05_harmonisation", "by_rule"), ("07_bam", "harmonized_by_rule")}
+    read |= {(notebook, "claims") for notebook in NOTEBOOKS if notebook != THIS}
+    one = runner.study_job(THIS, {}, tmp_path, 1)
+    assert one.last and not any(runner.study_job(name, {}, tmp_path, 1).last for name in NOTEBOOKS if name != THIS)
+    seen = [runner._inputs_now(one)]
+    for notebook, table in sorted(read):
+        for text in ("1\n", "2\n"):
+            write_atomic(tmp_path / notebook / f"{table}.csv", text)
+            seen.append(runner._inputs_now(one))
+    assert len({json.dumps(inputs) for inputs in seen}) == len(seen)
+    write_atomic(tmp_path / THIS / "claims_ledger.csv", "1\n")  # its own
+    assert runner._inputs_now(one) == seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("notebook", "table"),
+    [
+        ("04_cross_architecture_transfer", "imagenet-sample/04_cross_architecture_transfer/curves.csv"),
+        ("04_cross_architecture_transfer", "imagenet-sample/02_attribution_extraction/completeness.csv"),
+        ("09_attribution_priors", "real-data/09_attribution_priors/claims.csv"),
+        ("11_explanation_penalties", "real-data/11_explanation_penalties/accuracy_selected.json"),
+    ],
+)
+def test_runs_on_other_data_that_a_notebook_quotes_are_inputs(tmp_path, monkeypatch, notebook, table):
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    one = runner.study_job(notebook, {}, tmp_path / "out", 1)
+    before = runner._inputs_now(one)
+    write_atomic(tmp_path / table, "1\n")
+    assert set(runner._inputs_now(one)["read"]) == {*before["read"], table}
 
 
 def test_the_parameters_cell_is_checked(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
 
-from harmonize_lib import HarmonizeError
+from harmonize_lib import HarmonizeError, paths
 from harmonize_lib.claims import write_claims
 from harmonize_lib.statistics import Interval
 from harmonize_lib.sweep import draw, find_notebook, folder_of, read_sweep, results, slug
@@ -55,6 +57,9 @@ def test_every_combination_in_the_order_of_the_grid(tmp_path):
         ({"base": {"dataset": "shapes-on-scenes"}, "grid": {"patch": [1, 2]}}, None),
         ("notebook: 3\nbase: {dataset: 2020-01-01}\ngrid: {patch: [1, 2]}", "'dataset'.*is no JSON value"),
         ("notebook: 3\ngrid: {patch: [.nan, 2]}", "'patch'.*is no JSON value"),
+        ("notebook: 3\ngrid: {patch: [1, 2], patch: [4, 8]}", "grid.yaml: patch is given twice"),
+        ("notebook: 3\nbase: {n_images: 4}\ngrid: {patch: [1, 2]}\nbase: {}", "grid.yaml: base is given twice"),
+        ("notebook: 3\ngrid: {options: [&a {x: *a}, {}]}", "'options'.*is no JSON value"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, change, says):
@@ -95,6 +100,27 @@ def test_folders_stay_inside_and_differ(tmp_path):
 @pytest.mark.parametrize("name", ["3", "03", "03_feature_images"])
 def test_notebooks_by_number_or_name(name):
     assert find_notebook(name) == "03_feature_images"
+
+
+def test_a_path_means_the_repositorys_own_notebook(tmp_path, monkeypatch):
+    own = paths.NOTEBOOKS / "03_feature_images.ipynb"
+    monkeypatch.chdir(paths.ROOT)
+    assert find_notebook(str(own)) == find_notebook("notebooks/03_feature_images.ipynb") == "03_feature_images"
+    (tmp_path / "link.ipynb").symlink_to(own)
+    assert find_notebook(str(tmp_path / "link.ipynb")) == "03_feature_images"
+
+
+@pytest.mark.parametrize("name", ["03_feature_images.ipynb", "03.ipynb", "03.py", "03_feature_images"])
+def test_a_copy_elsewhere_is_not_the_repositorys_notebook(tmp_path, name):
+    shutil.copy(paths.NOTEBOOKS / "03_feature_images.ipynb", tmp_path / name)
+    with pytest.raises(HarmonizeError, match=f"{name} is no notebook of this repository") as error:
+        find_notebook(str(tmp_path / name))
+    assert len(str(error.value)) <= 200
+    with pytest.raises(HarmonizeError, match="is no notebook of this repository"):
+        read_sweep(written(tmp_path, GOOD | {"notebook": str(tmp_path / name)}))
+    (tmp_path / name).unlink()
+    with pytest.raises(HarmonizeError, match=r"no such notebook|unknown notebook"):
+        find_notebook(str(tmp_path / name))
 
 
 def test_one_row_per_set_and_estimate(tmp_path):

@@ -208,6 +208,16 @@ def test_an_edited_ledger(place):
     assert problems(place) == ["claims.csv: is not what the notebooks' claims add up to: harmonize run"]
 
 
+def test_the_ledger_in_notebook_13_is_that_of_the_figures(place):
+    kept = place / "figures" / "13_reality_checks" / "claims_ledger.csv"
+    kept.parent.mkdir()
+    shutil.copy(place / "figures" / "claims.csv", kept)
+    line = "13_reality_checks/claims_ledger.csv: is not the ledger claims.csv: harmonize run 13"
+    assert line not in problems(place)
+    kept.write_text(kept.read_text().replace("reproduced,03", "partly,03"))
+    assert line in problems(place)
+
+
 def test_a_criterion_changed_after_the_run(place):
     path = place / "figures" / NAME / "claims.csv"
     table = pd.read_csv(path, dtype=str).assign(criterion="reproduced: always")
