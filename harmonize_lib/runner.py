@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ from harmonize_lib.tabular import load_table
 NOT_READ_BY_NOTEBOOKS = ("cli.py", "runner.py", "execution.py", "sweep.py", "verify.py")
 STOP_SECONDS = 15  # how long a notebook that is stopped may take to save itself
 CONNECT_SECONDS = 5
+ADDRESS = re.compile(r"((tcp|tls|ws|wss|ucx)://)?(?P<host>[^/]+):(?P<port>\d{1,5})")
 WORKER_SECONDS = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 READS = {  # tables under the figures folder that other runs than the notebook's own make
@@ -548,11 +550,12 @@ def connect(scheduler: str) -> Any:
     from distributed import Client
 
     _quiet()
-    address = scheduler[:60]
-    try:
+    address, place = scheduler[:60], ADDRESS.fullmatch(scheduler)
+    if place is None:
+        raise HarmonizeError(f"--scheduler {address}: write tcp://HOST:PORT, e.g. tcp://127.0.0.1:8786")
+    try:  # a closed port answers at once, while Dask knocks until its time is over
+        socket.create_connection((place["host"].strip("[]"), int(place["port"])), CONNECT_SECONDS).close()
         client = Client(scheduler, timeout=CONNECT_SECONDS)
-    except ValueError as error:
-        raise HarmonizeError(f"--scheduler {address}: write tcp://HOST:PORT, e.g. tcp://127.0.0.1:8786") from error
     except Exception as error:
         line = f"no Dask scheduler answers at {address}: start one with 'dask scheduler', or leave --scheduler out"
         raise HarmonizeError(line) from error
