@@ -1,4 +1,4 @@
-"""Every mistake a user is likely to make gets one line that says what would be right, exit code 2, and leaves no file behind."""
+"""Every likely mistake gets one line that says what would be right, exit code 2, and leaves no file behind."""
 
 from __future__ import annotations
 
