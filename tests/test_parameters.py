@@ -92,7 +92,9 @@ def test_what_a_notebook_would_ignore_or_average_wrongly_is_refused(notebook, va
 
 @pytest.mark.parametrize("path", sorted((paths.NOTEBOOKS / "profiles").glob("*/*.yaml")), ids=lambda p: p.parent.name)
 def test_profiles_pass(path):
-    check(path.stem, yaml.safe_load(path.read_text()))
+    told = yaml.safe_load(path.read_text())
+    settings = check(path.stem, told)
+    assert told and {name: getattr(settings, name) for name in told} == told
 
 
 @pytest.mark.parametrize(
