@@ -108,10 +108,8 @@ def prepare(run: Run) -> Bench:
     HarmonizeError
         Lists of models that do not match; images whose scene without object is not known.
     """
-    settings, dataset = run.settings, run.dataset
+    dataset = run.dataset
     data = shown(dataset)
-    if settings.rule not in settings.rules:
-        raise unknown("rule", settings.rule, settings.rules)
     models = {
         OBJECT: dict(run.models),
         SCENE: _partners(run, SCENE),
@@ -203,7 +201,7 @@ def explained(settings: Any, dataset: Dataset) -> list[tuple[str, Dataset]]:
     specs = {task: _partner_specs(settings, task) for task in (SCENE, SCENE_ONLY)} | {OBJECT: settings.models}
     few = relative_data(settings)
     pairs = [(spec, data) for condition, data in shown(dataset).items() for spec in specs[_task(condition)]]
-    return pairs + [(template.format(k=k), few) for template, k in _relative(settings)]
+    return pairs + [(template.replace("{k}", str(k)), few) for template, k in _relative(settings)]
 
 
 def _relative(settings: Any) -> list[tuple[str, int]]:
@@ -515,7 +513,7 @@ def relative_maps(run: Run) -> Relative:
     result = Relative(relative_data(settings), {}, {}, {}, {})
     images, bare = result.data.images, result.data.extras["without_object"]
     for template, k in tqdm(_relative(settings), desc="commonalities", mininterval=1):
-        model = load_model(template.format(k=k), device=settings.device)
+        model = load_model(template.replace("{k}", str(k)), device=settings.device)
         logits = [_logits(model, shown) for shown in (images, bare)]
         with_object, without = (values.argmax(1) == result.data.labels for values in logits)
         result.correct[template, k] = with_object

@@ -315,6 +315,16 @@ class Bam(Study):
     _harmonized = field_validator("harmonized_methods")(_known_methods)
     _scenes = field_validator("scene_models", "scene_only_models")(_known_models)
 
+    @model_validator(mode="after")
+    def _rule_and_relative_models(self) -> Bam:
+        if self.rule not in self.rules:
+            raise unknown("rule", self.rule, self.rules)
+        for template in self.relative_models:
+            if "{k}" not in template:
+                raise HarmonizeError(f"relative_models: {template[:60]!r} has no {{k}}, for which a commonality is put")
+            _known_models([template.replace("{k}", str(k)) for k in self.commonalities])
+        return self
+
 
 class ExpectedGradients(Parameters):
     """Notebook 08."""

@@ -545,7 +545,8 @@ def connect(scheduler: str) -> Any:
     Raises
     ------
     HarmonizeError
-        It is no address, no scheduler answers, or it has no workers.
+        It is no address, no scheduler answers, it has no workers, or a worker has not the library, weights and versions
+        of packages of this process.
     """
     from distributed import Client
 
@@ -564,7 +565,20 @@ def connect(scheduler: str) -> Any:
     except Exception as error:
         client.close()
         raise HarmonizeError(f"{address} has no workers: start some with 'dask worker {address}'") from error
+    for worker, has in client.run(_installed, on_error="return").items():
+        if has != _installed():
+            client.close()
+            what = (
+                "cannot import this library"
+                if isinstance(has, Exception)
+                else "has another library, weights or packages"
+            )
+            raise HarmonizeError(f"{worker} {what}: start it anew with the 'dask worker' of this environment")
     return client
+
+
+def _installed() -> dict[str, Any]:
+    return _installation(paths.ROOT, paths.WEIGHTS)
 
 
 def _quiet() -> None:

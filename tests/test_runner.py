@@ -219,9 +219,10 @@ def listens(address: str) -> bool:
 
 
 @contextmanager
-def dask(*arguments: str):
+def dask(*arguments: str, **environment: str):
     command = [sys.executable, "-m", "dask", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, env=os.environ | environment, **quiet)
     try:
         yield process
     finally:
@@ -248,6 +249,31 @@ def test_an_external_scheduler_and_a_worker_killed_half_way(tmp_path):
             again = run_jobs(jobs, scheduler=address)
     assert [outcome.state for outcome in results] == [outcome.state for outcome in again] == ["finished"] * 3
     assert [ran(one) for one in jobs] == [1, 1, 2] and all(map(is_unchanged, jobs))
+
+
+@pytest.mark.parametrize(
+    ("at_start", "says"),
+    [
+        ("import sys; sys.modules['harmonize_lib'] = None", "cannot import this library"),
+        (
+            "from importlib import metadata; old = {'timm': '0.1'}; was = metadata.version\n"
+            "metadata.version = lambda name: old.get(name) or was(name)",
+            "has another library",
+        ),
+    ],
+)
+def test_a_worker_that_would_compute_with_something_else_is_refused(tmp_path, at_start, says):
+    """Dask would wait for the first for ever, and file the results of the second as this library's."""
+    (tmp_path / "sitecustomize.py").write_text(at_start)
+    address = f"tcp://127.0.0.1:{free_port()}"
+    serve = ("scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--no-dashboard")
+    worker = ("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path))
+    with dask(*serve), dask(*worker, PYTHONPATH=str(tmp_path)):
+        wait_for(lambda: listens(address))
+        with pytest.raises(HarmonizeError, match=says) as error:
+            run_jobs([job(tmp_path, "a")], scheduler=address)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) <= 200
+    assert not (tmp_path / "a.ipynb").exists()
 
 
 @pytest.mark.parametrize(
