@@ -49,7 +49,7 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
     Parameters
     ----------
     figures : Path | None
-        One folder per notebook, and folders of such folders that hold runs on other data; None takes ``paths.FIGURES``.
+        One folder per notebook, and folders of such folders that hold other runs; None takes ``paths.FIGURES``.
     notebooks : Path | None
         The notebooks that made them; None takes ``paths.NOTEBOOKS``.
 
@@ -63,7 +63,7 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
     A figure is stale when the code cells that had run when it was saved are not the first cells its notebook holds
     now, or when it was made with other parameters or weights. An output is stale when the stamp it carries, of the
     same three, is not what the notebook would leave now. Text that is printed carries no stamp; nbval compares the
-    facts among it. Runs on other data are compared with their provenance alone.
+    facts among it. Other runs are compared with their provenance alone.
     """
     figures, notebooks = figures or paths.FIGURES, notebooks or paths.NOTEBOOKS
     weights, problems = _shipped()
@@ -107,7 +107,7 @@ def verify(figures: Path | None = None, notebooks: Path | None = None) -> tuple[
         + (verdict if problems else "every file is what its provenance says"),
         f"{count['timed']} figures hold measured seconds and never repeat" if count["timed"] else "",
         f"{count['unshipped']} figures used models that do not ship" if count["unshipped"] else "",
-        f"{count['others']} figures of runs on other data hold what their provenance says" if count["others"] else "",
+        f"{count['others']} figures of other runs hold what their provenance says" if count["others"] else "",
     ]
     return problems, "; ".join(fact for fact in facts if fact)
 

@@ -233,7 +233,7 @@ def test_a_run_on_other_data_is_compared_with_its_provenance_alone(place):
     shutil.copytree(place / "figures" / NAME, place / "figures" / "photographs" / NAME)
     (place / "figures" / "photographs" / "claims.csv").write_text("id\n")
     found, summary = verify(place / "figures", place / "notebooks")
-    assert found == [] and summary.endswith("1 figures of runs on other data hold what their provenance says")
+    assert found == [] and summary.endswith("1 figures of other runs hold what their provenance says")
     (place / "figures" / "photographs" / f"{FIGURE}.csv").write_text("edited\n")
     assert problems(place) == [f"photographs/{NAME}/means.csv: changed after the run that made it (sha256 differs)"]
 
