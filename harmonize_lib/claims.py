@@ -252,10 +252,10 @@ CLAIMS: dict[str, Claim] = {
     ),
     "sanity_labels": Claim(
         PROJECT,
-        "Maps depend on the labels: a ResNet and a Swin that memorized random labels have other maps than those "
-        "trained from another seed, by every method defined for one of them (attention rollout is not)",
-        "Spearman with the maps of a second seed minus with those of the model of random labels, mean over ResNet and "
-        "Swin where a method is defined, for the method where it is least",
+        "Maps depend on the labels: a ResNet, a ViT and a Swin that memorized random labels have other maps than "
+        "those trained from another seed, by every method",
+        "Spearman with the maps of a second seed minus with those of the model of random labels, mean over ResNet, "
+        "ViT and Swin where a method is defined, for the method where it is least",
         SIGN.format(side="above"),
         _positive,
     ),
@@ -270,9 +270,8 @@ CLAIMS: dict[str, Claim] = {
     "harmonized_sanity": Claim(
         PROJECT,
         "Harmonized maps pass the checks of weights and labels by every method defined for two networks or more",
-        "Spearman with the consensus of second seeds minus with the consensus of destroyed models (of at most 3 "
-        "networks, ResNet, ViT, Swin, for weights; of 2, ResNet and Swin, for labels), for the method and check where "
-        "it is least",
+        "Spearman with the consensus of second seeds minus with the consensus of destroyed models (of ResNet, ViT and "
+        "Swin, those for which a method is defined), for the method and check where it is least",
         SIGN.format(side="above"),
         _positive,
     ),

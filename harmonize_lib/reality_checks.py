@@ -919,6 +919,7 @@ CHECKS: dict[str, Check] = {
     "cost": Check("cost,\ns per image", "02_attribution_extraction", "cost", {}, -1, value="seconds"),
 }
 PAIRS = {"transfer": "recognition", "localization": "localization", "deletion": "deletion"}
+ALL_METHODS = "all-methods"  # folder of runs with the methods that notebooks leave out by default, for their cost
 OWN_TABLES = {"weights": "sensitivity_weights", "labels": "sensitivity_labels"}
 
 
@@ -969,16 +970,23 @@ def report_card(figures: Path, methods: Sequence[str]) -> tuple[pd.DataFrame, li
         (share of the other methods, controls left out, that do worse on this check; ties count half; NaN where the
         check ranks nobody); and one line per check that is missing. A method that a notebook has not measured has no
         row.
+
+    Notes
+    -----
+    Methods that a notebook leaves out are read from ``ALL_METHODS``, unless its tables differ on those in both.
     """
     parts, missing = [], []
     for name, check in CHECKS.items():
-        needed = [check.method, check.value, *check.where]
-        table = read_table(figures, check.notebook, check.table, needed)
-        rows = pd.DataFrame() if table is None else _rows(table, check.where)
-        if not len(rows):
+        values, more = (_values(folder, check) for folder in (figures, figures / ALL_METHODS))
+        if not len(values):
             missing.append(f"{name}: no table of {check.notebook}; run that notebook first")
             continue
-        values = rows.groupby(check.method)[check.value].median().reindex(methods).dropna()
+        both = values.index.intersection(more.index)
+        if np.allclose(values[both], more[both]):
+            values = pd.concat([values, more.drop(both)])
+        else:
+            missing.append(f"{name}: {ALL_METHODS}/{check.notebook} is of another state; run that notebook again")
+        values = values.reindex(methods).dropna()
         score = values if check.better > 0 else -values.abs()
         ranked = score[~score.index.isin(CONTROLS)].to_numpy()
         beats = [_share_beaten(score[method], ranked, method in CONTROLS) for method in score.index]
@@ -987,6 +995,14 @@ def report_card(figures: Path, methods: Sequence[str]) -> tuple[pd.DataFrame, li
         parts.append(pd.DataFrame({"check": name, "method": values.index, "value": values.to_numpy(), "beats": beats}))
     empty = pd.DataFrame(columns=["check", "method", "value", "beats"])
     return pd.concat(parts, ignore_index=True) if parts else empty, missing
+
+
+def _values(figures: Path, check: Check) -> pd.Series:
+    """What every method that a notebook measured has on a check, the median over models; empty without a table."""
+    table = read_table(figures, check.notebook, check.table, [check.method, check.value, *check.where])
+    if table is None:
+        return pd.Series(dtype=float)
+    return _rows(table, check.where).groupby(check.method)[check.value].median()
 
 
 def empty_cells(card: pd.DataFrame, methods: Sequence[str]) -> list[str]:

@@ -46,7 +46,7 @@ READS = {  # tables under the figures folder that other runs than the notebook's
     "04_cross_architecture_transfer": "imagenet-sample/*/*.csv",
     "09_attribution_priors": "real-data/09_attribution_priors/*.csv",
     "11_explanation_penalties": "real-data/11_explanation_penalties/*.*",
-    "13_reality_checks": "[0-9][0-9]_*/*.csv",
+    "13_reality_checks": "**/[0-9][0-9]_*/*.csv",
 }
 LAST = "13_reality_checks"  # reads what the other notebooks of the same run make
 EXPLAINED = {"04_cross_architecture_transfer": cross_architecture.explained, "07_bam": bam_study.explained}

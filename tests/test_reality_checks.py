@@ -199,7 +199,7 @@ def test_insensitivity_is_the_share_on_the_half_that_is_ignored(run):
 
 
 def write(figures: Path, notebook: str, name: str, **columns: list[object]) -> None:
-    (figures / notebook).mkdir(exist_ok=True)
+    (figures / notebook).mkdir(parents=True, exist_ok=True)
     pd.DataFrame(columns).to_csv(figures / notebook / f"{name}.csv", index=False)
 
 
@@ -230,6 +230,32 @@ def test_the_report_card_reads_ranks_and_tells_what_is_missing(tmp_path):
     ]
     assert all("run that notebook" in line for line in missing)
     assert "07_bam" in next(line for line in missing if line.startswith("MCS"))
+
+
+def test_methods_that_a_notebook_leaves_out_come_from_a_run_with_all_unless_it_is_of_another_state(tmp_path):
+    def cells(folder: str, **means: float) -> None:
+        columns = {"metric": ["relevance_rank"] * len(means), "model": ["mean"] * len(means)}
+        write(
+            tmp_path / folder,
+            "06_feature_detectors",
+            "localization",
+            **columns,
+            method=[*means],
+            mean=[*means.values()],
+        )
+
+    def localization() -> dict[str, float]:
+        card, missing = checks.report_card(tmp_path, ["rise", "saliency", "edges"])
+        told.extend(line for line in missing if line.startswith("localization"))
+        return card.set_index("method")["value"].to_dict()
+
+    told: list[str] = []
+    cells(".", saliency=0.4, edges=0.6)
+    cells(checks.ALL_METHODS, saliency=0.4, rise=0.7)
+    assert localization() == {"rise": 0.7, "saliency": 0.4, "edges": 0.6} and told == []
+    cells(checks.ALL_METHODS, saliency=0.41, rise=0.7)
+    assert localization() == {"saliency": 0.4, "edges": 0.6}
+    assert told == ["localization: all-methods/06_feature_detectors is of another state; run that notebook again"]
 
 
 def test_a_map_that_collapses_ranks_best_and_what_it_lost_is_not_ranked(tmp_path):
