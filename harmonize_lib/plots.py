@@ -358,6 +358,7 @@ def _in_order(names: pd.Series) -> list[str]:
     return [name for name in names.cat.categories if name in there] if hasattr(names, "cat") else there
 
 
+COLORS = 10  # of the palette; where they come round again, points become triangles
 CONTROL_LINES: dict[str, tuple[str, Any]] = {  # gray and dashes, the same in every figure
     "random": ("0.2", "--"),
     "center": ("0.5", ":"),
@@ -398,6 +399,7 @@ def curves(
     shown = list(dict.fromkeys(table[hue]))
     solid = [name for name in dict.fromkeys([*names, *shown]) if name not in controls]
     colors = dict(zip(solid, sns.color_palette("colorblind", len(solid)), strict=True))
+    again = solid[COLORS:]
     for name in shown:
         part = table[table[hue] == name].sort_values(x)
         gray, dashes = CONTROL_LINES.get(name, ("0.35", "--"))
@@ -408,7 +410,7 @@ def curves(
             color=color,
             ls="-" if name in colors else dashes,
             lw=1.3,
-            marker="." if len(part) <= 20 else "",
+            marker="^" if name in again else "." if len(part) <= 20 else "",
             ms=4,
             label=label(str(name)),
         )
@@ -637,11 +639,21 @@ def trade_off(
     controls : Mapping[str, float] | None
         Name to height.
     """
-    for color, row in zip(sns.color_palette("colorblind", len(table)), table.to_dict("records"), strict=True):
+    for i, (color, row) in enumerate(
+        zip(sns.color_palette("colorblind", len(table)), table.to_dict("records"), strict=True)
+    ):
         wide = [[abs(row[x + side] - row[x])] for side in ("_low", "_high")]
         tall = [[abs(row[side] - row["mean"])] for side in ("low", "high")]
         ax.errorbar(
-            row[x], row["mean"], yerr=tall, xerr=wide, fmt="o", ms=5, lw=1.2, color=color, label=label(row[hue])
+            row[x],
+            row["mean"],
+            yerr=tall,
+            xerr=wide,
+            fmt="o" if i < COLORS else "^",
+            ms=5,
+            lw=1.2,
+            color=color,
+            label=label(row[hue]),
         )
     for (name, height), dash in zip(
         dict({} if controls is None else controls).items(), ("--", ":", "-.", (0, (1, 3))), strict=False

@@ -102,3 +102,11 @@ def test_every_claim_belongs_to_one_notebook_which_says_its_criterion_before_the
         assert all(claims.CLAIMS[name].criterion in text for name in names) and text.count("\n- ") == len(names)
     ledger = pd.read_csv(paths.FIGURES / "claims.csv")
     assert ledger.groupby("notebook")["id"].apply(tuple).to_dict() == claims.JUDGED
+
+
+def test_lines_beyond_the_colors_of_the_palette_are_still_told_apart():
+    table = pd.DataFrame({"k": [1, 2] * 12, "method": np.repeat([f"m{i}" for i in range(12)], 2), "mean": 0.5})
+    ax = plt.figure().add_subplot()
+    plots.curves(ax, table.assign(low=0.4, high=0.6), "k", "method", "")
+    assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == 12
+    plt.close("all")
