@@ -44,7 +44,7 @@ WORKER_SECONDS = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 READS = {  # tables under the figures folder that other runs than the notebook's own make
     "04_cross_architecture_transfer": "imagenet-sample/*/*.csv",
-    "09_attribution_priors": "real-data/09_attribution_priors/*.csv",
+    "09_attribution_priors": "*/09_attribution_priors/*.csv",
     "11_explanation_penalties": "real-data/11_explanation_penalties/*.*",
     "13_reality_checks": "**/[0-9][0-9]_*/*.csv",
 }

@@ -332,6 +332,7 @@ def test_notebook_13_depends_on_every_table_and_claim_it_reads(tmp_path):
         ("04_cross_architecture_transfer", "imagenet-sample/04_cross_architecture_transfer/curves.csv"),
         ("04_cross_architecture_transfer", "imagenet-sample/02_attribution_extraction/completeness.csv"),
         ("09_attribution_priors", "real-data/09_attribution_priors/claims.csv"),
+        ("09_attribution_priors", "longer-training/09_attribution_priors/claims.csv"),
         ("11_explanation_penalties", "real-data/11_explanation_penalties/accuracy_selected.json"),
     ],
 )
