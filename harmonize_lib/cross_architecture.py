@@ -548,13 +548,15 @@ def draw_matrices(cells: pd.DataFrame) -> Figure:
     Returns
     -------
     Figure
-        The figure.
+        The figure; rows of models that refuse a method stay empty.
     """
     methods = list(dict.fromkeys(cells["method"]))
+    pairs = cells[["source", "target"]].drop_duplicates()
     rows = -(-len(methods) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(7.4, 2.9 * rows), sharex=True, sharey=True, squeeze=False)
     for ax, method in zip(axes.flat, methods, strict=False):
-        plots.matrix(ax, cells[cells["method"] == method], "source", "target", "mean", plots.label(method))
+        part = pairs.merge(cells[cells["method"] == method], "left", ["source", "target"])
+        plots.matrix(ax, part, "source", "target", "mean", plots.label(method))
     for ax in axes.flat[len(methods) :]:
         ax.set_visible(False)
     return figure

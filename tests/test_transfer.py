@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pandera.errors
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harmonize_lib import cross_architecture
 from harmonize_lib.attribution import explain
 from harmonize_lib.consensus import consensus, list_rules
 from harmonize_lib.data import Dataset
@@ -507,3 +509,13 @@ def test_statistics_errors():
         area_over_fractions(table[table["fraction"] == 0.2])
     with pytest.raises(HarmonizeError, match="some curves lack some"):
         area_over_fractions(table.iloc[1:])
+
+
+def test_a_method_that_models_refuse_leaves_their_rows_empty():
+    pairs = [("all", "a"), ("all", "b"), ("some", "b")]
+    rows = [(method, source, target, 0.5) for method, source in pairs for target in "ab"]
+    figure = cross_architecture.draw_matrices(pd.DataFrame(rows, columns=["method", "source", "target", "mean"]))
+    written = [sorted(text.get_position()[1] for text in ax.texts) for ax in figure.axes]
+    assert written == [[0.5, 0.5, 1.5, 1.5], [1.5, 1.5]]
+    assert all(sorted(ax.get_ylim()) == [0, 2] for ax in figure.axes)
+    plt.close("all")
