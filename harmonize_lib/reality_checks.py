@@ -982,7 +982,7 @@ def report_card(figures: Path, methods: Sequence[str]) -> tuple[pd.DataFrame, li
             missing.append(f"{name}: no table of {check.notebook}; run that notebook first")
             continue
         both = values.index.intersection(more.index)
-        if np.allclose(values[both], more[both]):
+        if np.allclose(values[both], more[both], equal_nan=True):
             values = pd.concat([values, more.drop(both)])
         else:
             missing.append(f"{name}: {ALL_METHODS}/{check.notebook} is of another state; run that notebook again")
