@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -218,7 +219,7 @@ class Split(Tensor):
         HarmonizeError
             There is no rule.
         """
-        path = resolve_name(function) or function.__name__
+        path = _path(function)
         name = path.removesuffix(".__get__").rpartition(".")[2]
         if name in METADATA:
             return function(args[0].whole, *args[1:], **(kwargs or {}))
@@ -230,6 +231,11 @@ class Split(Tensor):
             args[0].beta, args[0].whole = result.beta, result.whole
             return args[0]
         return result
+
+
+@cache
+def _path(function: Any) -> str:
+    return resolve_name(function) or function.__name__
 
 
 def _split(beta: Tensor, whole: Tensor, share: Tensor) -> Split:
