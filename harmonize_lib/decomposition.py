@@ -157,24 +157,28 @@ def patch_contributions(task: Task, *, patch: int | None = None) -> Result:
     patch = max(1, min(height, width) // 8) if patch is None else patch
     check_numbers(1, patch=patch)
     groups = patch_groups(height, width, patch).to(task.x.device)
-    targets = task.targets[:, None, None].expand(-1, len(groups), 1)
+    betas, logits = [], []
     with torch.no_grad():
-        logits = logits_of(task.model, task.x)
-        pick(logits, task.targets)
-        betas = torch.stack([_of_groups(task.model, x, groups, task.rows) for x in task.x])
-    values = betas.gather(2, targets)[..., 0]
+        for i, x in enumerate(task.x):
+            beta, whole = _of_groups(task.model, x, groups, task.rows)
+            logits.append(logits_of(nn.Identity(), whole))
+            pick(whole, task.targets[i : i + 1])
+            betas.append(beta[:, task.targets[i]])
+    values = torch.stack(betas)
     maps = torch.einsum("ns,shw->nhw", values, groups.to(values))
-    return Result(maps, logits, steps=torch.full_like(task.targets, len(groups)), notes={"patch": patch})
+    return Result(maps, torch.cat(logits), steps=torch.full_like(task.targets, len(groups)), notes={"patch": patch})
 
 
-def _of_groups(model: nn.Module, x: Tensor, groups: Tensor, rows: int) -> Tensor:
-    """beta (groups, K) of an image (C, H, W): the groups share one full pass."""
+def _of_groups(model: nn.Module, x: Tensor, groups: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """beta (groups, K) of an image (C, H, W), and its logits (1, K): the groups share one full pass."""
     x = x[None]
 
-    def beta(group: Tensor) -> Tensor:
-        return _through(model, x * group, x * ~group, x)[0][0]
+    def split(group: Tensor) -> tuple[Tensor, Tensor]:
+        beta, logits = _through(model, x * group, x * ~group, x)
+        return beta[0], logits
 
-    return torch.cat([torch.func.vmap(beta)(part) for part in groups.split(rows)])
+    parts = [torch.func.vmap(split, out_dims=(0, None))(part) for part in groups.split(rows)]
+    return torch.cat([beta for beta, _ in parts]), parts[0][1]
 
 
 class Split(Tensor):
