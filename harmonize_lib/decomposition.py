@@ -177,8 +177,8 @@ def _of_groups(model: nn.Module, x: Tensor, groups: Tensor, rows: int) -> tuple[
         beta, logits = _through(model, x * group, x * ~group, x)
         return beta[0], logits
 
-    parts = [torch.func.vmap(split, out_dims=(0, None))(part) for part in groups.split(rows)]
-    return torch.cat([beta for beta, _ in parts]), parts[0][1]
+    parts = [torch.func.vmap(split)(part) for part in groups.split(rows)]
+    return torch.cat([beta for beta, _ in parts]), parts[0][1][0]
 
 
 class Split(Tensor):
