@@ -100,7 +100,7 @@ def test_every_claim_belongs_to_one_notebook_which_says_its_criterion_before_the
     for notebook, names in claims.JUDGED.items():
         text = claims.criteria(notebook)
         assert all(claims.CLAIMS[name].criterion in text for name in names) and text.count("\n- ") == len(names)
-    ledger = pd.read_csv(paths.ROOT / "figures" / "claims.csv")
+    ledger = pd.read_csv(paths.FIGURES / "claims.csv")
     assert ledger.groupby("notebook")["id"].apply(tuple).to_dict() == claims.JUDGED
 
 
