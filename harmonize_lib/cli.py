@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sized
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -237,7 +238,7 @@ def run(
     made = [path for path in figures.glob("*/*.json") if path.stat().st_mtime >= began]
     states = [outcome.state for outcome in outcomes]
     if set(states) != {"unchanged"}:
-        print(f"{len(made)} figures written to {out or 'figures/'}")
+        print(f"{_count(made, 'figure')} written to {out or 'figures/'}")
     if "unchanged" in states:
         same = ", ".join(job.name[:2] for job, state in zip(work, states, strict=True) if state == "unchanged")
         print(f"not run again, unchanged since they finished: {same} (--fresh runs them)")
@@ -248,7 +249,7 @@ def run(
         if figures == paths.ROOT / "figures":
             update_readme(paths.ROOT / "README.md", claims)
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in claims["verdict"].value_counts().items())
-        print(f"{len(claims)} claims so far: {verdicts}" if len(claims) else "no claims yet")
+        print(f"{_count(claims, 'claim')} so far: {verdicts}" if len(claims) else "no claims yet")
     done = len(work) - states.count("failed") - states.count("interrupted")
     print(f"{done} of {len(work)} notebooks finished in {time.monotonic() - start:.0f} s")
     _exit(outcomes)
@@ -363,7 +364,11 @@ def export(
         except Exception as error:
             raise HarmonizeError(f"{source.name} is not a readable notebook: {str(error)[:80]!r}") from error
         write_atomic(folder / f"{source.stem}.html", page)
-    print(f"{len(sources)} pages written to {out}")
+    print(f"{_count(sources, 'page')} written to {out}")
+
+
+def _count(things: Sized, noun: str) -> str:
+    return f"{len(things)} {noun}{'s' if len(things) != 1 else ''}"
 
 
 @app.command()
@@ -399,7 +404,7 @@ def data(
     dataset = load_dataset(name, split, n)
     counts = torch.bincount(dataset.labels, minlength=len(dataset.classes))
     print(f"{dataset.name}: {len(dataset)} images {tuple(dataset.images.shape[1:])}, {len(dataset.classes)} classes")
-    print(f"classes: {', '.join(dataset.classes[:20])}{', ...' if len(dataset.classes) > 20 else ''}")
+    print(f"classes: {'; '.join(dataset.classes)}")
     print(f"images per class: {int(counts.min())} to {int(counts.max())}")
     print("masks: " + ("none" if dataset.masks is None else f"cover {dataset.masks.float().mean():.1%} of the image"))
 

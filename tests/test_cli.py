@@ -326,13 +326,13 @@ def test_export_writes_pages(here, tmp_path, ran):
     kept = ran[0] / "figures" / "03_feature_images.ipynb"
     code, told, _ = here("export", str(kept), "--out", str(tmp_path / "html"))
     page = (tmp_path / "html" / "03_feature_images.html").read_text()
-    assert code == 0 and "1 pages written" in told
+    assert code == 0 and "1 page written" in told
     assert page.startswith("<!DOCTYPE html>") and "image/png;base64" in page and "reproduced" in page
 
 
 def test_data_says_what_it_holds(here):
     code, told, _ = here("data", "--n", "100")
-    assert code == 0 and "10 classes" in told and "classes: rings disc, stripes" in told and "10 to 10" in told
+    assert code == 0 and "10 classes" in told and "classes: rings disc; stripes" in told and "10 to 10" in told
 
 
 @pytest.mark.parametrize(
