@@ -22,6 +22,7 @@ COLUMNS = ("id", "source", "reported", "measured", "criterion", "estimate", "low
 class Claim(NamedTuple):
     """A claim with the rule that judges it; ``judge`` sees the interval alone."""
 
+    title: str
     source: str
     reported: str
     measured: str
@@ -64,6 +65,7 @@ AUDIT = "Explainability sanity audit (BaurothM)"
 
 CLAIMS: dict[str, Claim] = {
     "transfer": Claim(
+        "features transfer across architectures",
         KADIR,
         "Feature attributions can serve as feature detectors across architectures (abstract; no number given)",
         "relative transfer ρ (of the label's probability) between architectures, pooled over pairs and methods",
@@ -71,6 +73,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.5, 0.0),
     ),
     "inconsistency": Claim(
+        "CNN and transformer maps disagree",
         KADIR,
         "Maps of CNNs and vision transformers trained on the same data are inconsistent (author's summary)",
         "Spearman of a CNN's map with a transformer's minus Spearman of two seeds of one architecture",
@@ -78,6 +81,7 @@ CLAIMS: dict[str, Claim] = {
         _negative,
     ),
     "selectivity": Claim(
+        "Grad-CAM is less selective",
         KADIR,
         "Coarse-resolution methods have low spatial selectivity (as citing work reports it)",
         "spatial selectivity of Grad-CAM minus the mean of the gradient methods",
@@ -85,6 +89,7 @@ CLAIMS: dict[str, Claim] = {
         _negative,
     ),
     "family": Claim(
+        "better transfer within a family",
         PROJECT,
         "Features travel better inside a family (CNN, transformer) than across",
         "family advantage: mean ρ within minus across",
@@ -92,6 +97,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "harmonized_detects": Claim(
+        "consensus beats one random other",
         KADIR,
         "Features can be harmonized across architectures trained on the same data (abstract; no number given)",
         "recognition by a held-out architecture: consensus of the others minus a random single other model",
@@ -99,6 +105,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "harmonized_beats_best": Claim(
+        "consensus beats the best other",
         PROJECT,
         "The consensus of others beats the best single other model on a held-out architecture",
         "recognition by a held-out architecture: consensus of the others minus the best single other model",
@@ -106,6 +113,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "harmonized_beats_edges": Claim(
+        "consensus beats an edge filter",
         PROJECT,
         "The consensus of others finds features better than an edge filter, which knows no network",
         "recognition by a held-out architecture: consensus of the others minus edges",
@@ -113,6 +121,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "harmonized_beats_own": Claim(
+        "consensus beats the own map",
         PROJECT,
         "The consensus of others finds features a held-out architecture recognizes better than its own map's",
         "recognition by a held-out architecture: consensus of the others minus its own map",
@@ -120,6 +129,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "harmonized_localizes": Claim(
+        "consensus finds the object better",
         KADIR,
         "Harmonized attributions improve interpretability (abstract; no number given)",
         "relevance rank against the object mask: consensus of the others minus the held-out model's own map",
@@ -127,6 +137,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "pool_size": Claim(
+        "a larger pool is better",
         PROJECT,
         "A larger pool makes a better consensus",
         "recognition by a held-out architecture: full pool minus pools of two",
@@ -134,6 +145,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "detectors": Claim(
+        "best method beats controls on the object",
         KADIR,
         "Attributions work as feature detectors (abstract; no number given)",
         "relevance rank against the object mask: best method minus the best of center, edges and random",
@@ -141,6 +153,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "eg_complete": Claim(
+        "EG is complete (slope)",
         ERION,
         "Expected gradients are complete: they sum to f(x) minus the mean output over references (axiom)",
         "slope of log completeness gap over log number of references, independent draws",
@@ -148,6 +161,7 @@ CLAIMS: dict[str, Claim] = {
         _within(-0.6, -0.4),
     ),
     "eg_one_draw": Claim(
+        "EG: one draw a step suffices",
         ERION,
         "One draw per step suffices: dependence gone after about 68 epochs, with five draws after about 59 (figure)",
         "epochs until the dependence is gone: one draw per step over five draws, same seeds",
@@ -155,6 +169,7 @@ CLAIMS: dict[str, Claim] = {
         _below(1.5, 5),
     ),
     "eg_gradients_saturate": Claim(
+        "gradient penalty leaves dependence",
         ERION,
         "A penalty on gradients does not remove the dependence: about .16 is left after 200 epochs (figure)",
         "dependence left after the last epoch: penalty on gradients minus penalty on expected gradients, one draw",
@@ -162,6 +177,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.1, 0.0),
     ),
     "eg_benchmark": Claim(
+        "EG beats IG on most metrics",
         ERION,
         "Expected gradients beat integrated gradients on 17 of 18 metrics (Correlated Groups 60, p = 7.2e-5)",
         "share of the 18 metrics on which expected gradients score higher than integrated gradients in one network, "
@@ -170,6 +186,7 @@ CLAIMS: dict[str, Claim] = {
         lambda i: REPRODUCED if i.low > 0.5 else PARTLY if i.mean > 0.5 else NOT,
     ),
     "eg_blindness": Claim(
+        "EG sees black pixels",
         ERION,
         "Integrated gradients from a black image cannot see black pixels, expected gradients can (SI, figure 3)",
         "mean |expected gradients| on black pixels over that elsewhere; integrated gradients from black give 0",
@@ -177,6 +194,7 @@ CLAIMS: dict[str, Claim] = {
         _above(1.0, 0.5),
     ),
     "prior_flipped_pixels": Claim(
+        "pixel prior against flipped pixels",
         ERION,
         "The pixel prior makes networks robust: MNIST at 10 % flipped pixels .9128 with it, .4905 without (repository)",
         "test accuracy on the notebook's images (8 × 8 digits unless told otherwise) at 10 % flipped pixels: prior on "
@@ -185,6 +203,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "prior_gaussian_noise": Claim(
+        "pixel prior against Gaussian noise",
         ERION,
         "More than double the accuracy of the baseline at high levels of Gaussian noise (CIFAR-10, text)",
         "test accuracy on the same images at the highest level of Gaussian noise: prior over baseline, same weight",
@@ -192,6 +211,7 @@ CLAIMS: dict[str, Claim] = {
         _above(2.0, 1.0),
     ),
     "prior_graph": Claim(
+        "graph prior beats none",
         ERION,
         "The graph prior raises R² from about .377 to about .395 (AML drug response; read off a figure; p = .002)",
         "R² on simulated expression: prior with the true graph minus none",
@@ -199,6 +219,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "prior_graph_random": Claim(
+        "true graph beats a random one",
         ERION,
         "It is the graph that helps: a random graph does not (p = .23)",
         "R² on simulated expression: prior with the true graph minus prior with a random graph",
@@ -206,6 +227,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "prior_sparsity_auc": Claim(
+        "sparsity prior predicts best",
         ERION,
         "The sparsity prior predicts best from 100 samples: ROC-AUC about .782, L1 about .759 (NHANES, off a figure)",
         "test ROC-AUC: sparsity prior minus the best of none, L1, L2, sparse group lasso, gradient Gini",
@@ -213,6 +235,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "prior_sparsity_gini": Claim(
+        "sparsity prior is most sparse",
         ERION,
         "The sparsity prior concentrates importance most: Gini about .840, L1 about .714 (NHANES, off a figure)",
         "Gini of mean |expected gradients|: sparsity prior minus the highest of none, L1, L2, sparse group lasso, "
@@ -221,6 +244,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "prior_consensus_agrees": Claim(
+        "consensus prior: closer to held-out maps",
         PROJECT,
         "Training towards the consensus of others brings maps closer to those of an architecture nobody trained on",
         "Spearman with a held-out architecture's maps on patches: consensus prior minus as many epochs without",
@@ -228,6 +252,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "prior_consensus_localizes": Claim(
+        "consensus prior finds the object",
         PROJECT,
         "Training towards the consensus of others makes maps find the object",
         "relevance rank against the object mask: consensus prior minus as many epochs without",
@@ -235,6 +260,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "prior_consensus_specific": Claim(
+        "consensus prior beats random target",
         PROJECT,
         "It is what the others learned that helps, not a smooth target",
         "relevance rank against the object mask: prior towards trained models' maps minus prior towards random models'",
@@ -242,6 +268,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "sanity_weights": Claim(
+        "all methods depend on weights",
         PROJECT,
         "Maps depend on the weights: randomizing all of them changes every method's maps more than training from "
         "another seed does",
@@ -251,6 +278,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "sanity_labels": Claim(
+        "all methods depend on labels",
         PROJECT,
         "Maps depend on the labels: a ResNet, a ViT and a Swin that memorized random labels have other maps than "
         "those trained from another seed, by every method",
@@ -260,6 +288,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "sanity_floor": Claim(
+        "IG stays off the floor (cascade)",
         AUDIT,
         "Integrated gradients never reach the floor under cascading randomization (Spearman at its end 0.345, 0.389, "
         "0.375 for ResNet50, ViT-B/16, MobileViT-S on ImageNet)",
@@ -268,6 +297,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.1, 0.0),
     ),
     "harmonized_sanity": Claim(
+        "consensus depends on weights, labels",
         PROJECT,
         "Harmonized maps pass the checks of weights and labels by every method defined for two networks or more",
         "Spearman with the consensus of second seeds minus with the consensus of destroyed models (of ResNet, ViT and "
@@ -276,6 +306,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "harmonized_sharpens": Claim(
+        "consensus sharpens the weights check",
         PROJECT,
         "Harmonizing sharpens the check of weights rather than dulling it",
         "the difference of sanity_weights for harmonized maps minus the mean of their members, mean over methods",
@@ -283,6 +314,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "cd_interactions": Claim(
+        "CD finds interactions",
         SINGH,
         "Contextual decomposition captures interactions of features (ACD; no number given)",
         "AUC of planted pairs of features among all, by mean |interaction|, over networks of all kinds",
@@ -290,6 +322,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.95, 0.5),
     ),
     "cd_over_baselines": Claim(
+        "CD beats occlusion, build-up",
         PROJECT,
         "Contextual decomposition finds interactions better than occlusion and build-up",
         "AUC of planted pairs in single inputs: contextual decomposition minus each kind's better baseline",
@@ -297,6 +330,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "acd_stability": Claim(
+        "ACD is more stable under FGSM",
         SINGH,
         "Under FGSM ACD's order of pixels is more stable than agglomerative occlusion's (0.590, 0.131; ImageNet)",
         "Spearman of the order in which pixels enter, before and after FGSM, digits: ACD minus agglomerative occlusion",
@@ -304,6 +338,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "cdep_color": Claim(
+        "CDEP regains color digits",
         SINGH,
         "On ColorMNIST CDEP regains accuracy (31.0 %; 25.1 %, 34.25 % in its code), RRR and no penalty stay at 0.2 %",
         "color digits turned around, λ by shifted validation: CDEP (code's form) minus the best of RRR, EG, none on "
@@ -312,6 +347,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "cdep_color_paper": Claim(
+        "paper's CDEP regains color digits",
         PROJECT,
         "The paper's form of CDEP, ‖β‖₁, regains accuracy on ColorMNIST",
         "color digits turned around, λ by shifted validation: CDEP (paper's form) minus the best of RRR, EG, none on "
@@ -320,6 +356,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "cdep_color_unknown_eg": Claim(
+        "CDEP beats EG on color digits",
         ERION,
         "On ColorMNIST CDEP wins (SI B): over EG",
         "color digits turned around, λ by unshifted validation: CDEP (code's form) minus EG",
@@ -327,6 +364,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "cdep_color_unknown_rrr": Claim(
+        "CDEP beats RRR on color digits",
         ERION,
         "On ColorMNIST CDEP wins (SI B): over RRR",
         "color digits turned around, λ by unshifted validation: CDEP (code's form) minus RRR",
@@ -334,6 +372,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "cdep_decoy": Claim(
+        "CDEP regains decoy digits",
         SINGH,
         "On DecoyMNIST CDEP reaches 97.2 % (RRR 99.0 %)",
         "decoy digits turned around, λ by shifted validation: CDEP (code's form) minus none",
@@ -341,6 +380,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "cdep_decoy_paper": Claim(
+        "paper's CDEP regains decoy digits",
         PROJECT,
         "The paper's form of CDEP, ‖β‖₁, regains accuracy on DecoyMNIST",
         "decoy digits turned around, λ by shifted validation: CDEP (paper's form) minus none",
@@ -348,6 +388,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "eg_rrr_decoy": Claim(
+        "EG, RRR beat CDEP on decoys",
         ERION,
         "On DecoyMNIST EG and RRR win over CDEP (SI B)",
         "decoy digits turned around, λ by shifted validation: the worse of EG and RRR on shifted validation images "
@@ -356,6 +397,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "eg_rrr_decoy_paper": Claim(
+        "EG, RRR beat paper's CDEP on decoys",
         PROJECT,
         "On DecoyMNIST EG and RRR win over the paper's form of CDEP",
         "decoy digits turned around, λ by shifted validation: the worse of EG and RRR on shifted validation images "
@@ -364,6 +406,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "eg_decoy_unknown": Claim(
+        "EG beats CDEP, shift unseen",
         ERION,
         "On DecoyMNIST EG and RRR win over CDEP (SI B): EG",
         "decoy digits turned around, λ by unshifted validation: EG minus CDEP (code's form)",
@@ -371,6 +414,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "rrr_decoy_unknown": Claim(
+        "RRR beats CDEP, shift unseen",
         ERION,
         "On DecoyMNIST EG and RRR win over CDEP (SI B): RRR",
         "decoy digits turned around, λ by unshifted validation: RRR minus CDEP (code's form)",
@@ -378,6 +422,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "eg_cost": Claim(
+        "EG is cheaper than CDEP (MFLOP)",
         ERION,
         "EG and RRR are faster than CDEP (SI B, a whole VGG16): EG",
         "million floating-point operations of a training step, decoy digits, CDEP minus EG; counted, so the interval "
@@ -386,6 +431,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "rrr_cost": Claim(
+        "RRR is cheaper than CDEP (MFLOP)",
         ERION,
         "EG and RRR are faster than CDEP (SI B, a whole VGG16): RRR",
         "million floating-point operations of a training step, decoy digits, CDEP minus RRR; counted, so the interval "
@@ -394,6 +440,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "trim_recovery": Claim(
+        "TRIM finds the coefficient",
         SINGH,
         "TRIM finds the coefficient of a transform that a response depends on (simulation; no number given)",
         "share of simulations in which that coefficient ranks first, the worst of all transforms and methods",
@@ -401,6 +448,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.9, 0.5),
     ),
     "awd_recovery": Claim(
+        "AWD recovers the wavelet",
         PROJECT,
         "Wavelet distillation recovers the wavelet the data were made with",
         "cosine to the generating filter after the best shift and sign, mean over wavelets",
@@ -408,6 +456,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.95, 0.9),
     ),
     "awd_over_db5": Claim(
+        "AWD predicts better than db5",
         SINGH,
         "AWD predicts better than a fixed db5 (R² 0.262 against 0.197, clathrin)",
         "simulated signals, R² of least squares on peaks: AWD minus db5",
@@ -415,6 +464,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "awd_over_teacher": Claim(
+        "AWD predicts better than its teacher",
         SINGH,
         "AWD predicts better than the network it was distilled from (R² 0.262 against 0.237, clathrin)",
         "simulated signals, R²: least squares on AWD's peaks minus the teacher",
@@ -422,6 +472,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "awd_interpretation": Claim(
+        "AWD needs the interpretation loss",
         SINGH,
         "Without the interpretation loss AWD predicts worse (R² 0.231 against 0.262, clathrin)",
         "simulated signals, R² of least squares on peaks, sparsity weights by validation: AWD minus the same without "
@@ -430,6 +481,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "awd_compression": Claim(
+        "AWD compresses better than db5",
         SINGH,
         "AWD compresses better than db5 (0.574 against 0.704, clathrin)",
         "simulated signals, share of coefficients that hold 95 % of the energy: AWD minus db5",
@@ -437,6 +489,7 @@ CLAIMS: dict[str, Claim] = {
         _negative,
     ),
     "bam_grad_cam_contrast": Claim(
+        "Grad-CAM has the highest contrast",
         BAM,
         "Grad-CAM has the highest model contrast score (as citing work reports it; no number at hand)",
         "MCS on ReLU CNNs: Grad-CAM minus the best other method, chosen on the other half of the images",
@@ -444,6 +497,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "bam_smoothgrad_gradient": Claim(
+        "SmoothGrad² beats the gradient",
         BAM,
         "SmoothGrad improves the gradient (as citing work reports it; its SmoothGrad squares the gradients)",
         "MCS on ReLU CNNs: SmoothGrad² minus saliency",
@@ -451,6 +505,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "bam_smoothgrad_ig": Claim(
+        "SmoothGrad improves IG",
         BAM,
         "SmoothGrad improves integrated gradients (as citing work reports it)",
         "MCS on ReLU CNNs: IG + SmoothGrad minus integrated gradients",
@@ -458,6 +513,7 @@ CLAIMS: dict[str, Claim] = {
         _positive,
     ),
     "bam_dependence": Claim(
+        "input dependence: Grad-CAM, gradient best",
         BAM,
         "Grad-CAM and the gradient have the fewest false positives on input dependence (as citing work reports it)",
         "false positives 1 − IDR on ReLU CNNs: mean of Grad-CAM and saliency minus the best of the other methods, "
@@ -466,6 +522,7 @@ CLAIMS: dict[str, Claim] = {
         _negative,
     ),
     "bam_independence": Claim(
+        "input independence: over 80 % wrong",
         BAM,
         "All methods but Grad-CAM and the gradient have over 80 % false positives on input independence "
         "(as citing work reports it)",
@@ -475,6 +532,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.8, 0.5),
     ),
     "bam_rankings": Claim(
+        "rankings vary by metric",
         BAM,
         "Rankings of methods vary by metric (as citing work reports it)",
         "Kendall's W of MCS, IDR and IIR on the order of methods, on ReLU CNNs (1 is one order; VGG has almost no "
@@ -484,6 +542,7 @@ CLAIMS: dict[str, Claim] = {
         _mean_below(0.7),
     ),
     "bam_relative": Claim(
+        "contrast follows accuracy drop",
         BAM,
         "Relative model contrast follows accuracy drop (correlation 0.92 for Grad-CAM, as a review reports it)",
         "Pearson correlation of Grad-CAM's RMCS with accuracy drop over commonality, on ReLU CNNs (ResNet alone); "
@@ -492,6 +551,7 @@ CLAIMS: dict[str, Claim] = {
         _above(0.8, 0.0),
     ),
     "harmonized_dependence": Claim(
+        "consensus: fewer false positives (IDR)",
         PROJECT,
         "Harmonizing lowers false positives on input dependence",
         "1 − IDR: consensus of the others minus its members, each under the same rule alone",
@@ -499,6 +559,7 @@ CLAIMS: dict[str, Claim] = {
         _negative,
     ),
     "harmonized_independence": Claim(
+        "consensus: fewer false positives (IIR)",
         PROJECT,
         "Harmonizing lowers false positives on input independence",
         f"1 − IIR: consensus of the others minus its members, each under the same rule alone{UNDECIDED}",
@@ -506,6 +567,7 @@ CLAIMS: dict[str, Claim] = {
         _negative,
     ),
     "harmonized_inherits": Claim(
+        "consensus inherits a shortcut",
         PROJECT,
         "Harmonizing inherits a shared shortcut: where all members were trained for scenes, the consensus neglects the "
         "object as they do",

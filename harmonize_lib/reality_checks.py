@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from harmonize_lib import plots, sanity, study
 from harmonize_lib.attribution import refusal
-from harmonize_lib.claims import NOT, PARTLY, REPRODUCED, UNTESTABLE
+from harmonize_lib.claims import CLAIMS, NOT, PARTLY, REPRODUCED, UNTESTABLE
 from harmonize_lib.consensus import consensus
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
@@ -1189,12 +1189,12 @@ def draw_ledger(ledger: pd.DataFrame, columns: int = 6) -> Figure:
             x, top = i % columns, y + i // columns
             color = VERDICT_COLORS[claim.verdict]
             ax.add_patch(plt.Rectangle((x, top), 0.97, 0.94, facecolor=color, edgecolor="none"))
-            name = "\n".join(textwrap.wrap(claim.id.replace("_", " "), 17))
-            ax.text(x + 0.485, top + 0.32, name, ha="center", va="center", fontsize=7)
+            name = "\n".join(textwrap.wrap(CLAIMS[claim.id].title, 19))
+            ax.text(x + 0.485, top + 0.36, name, ha="center", va="center", fontsize=6.5)
             numbers = [float(value) for value in (claim.estimate, claim.low, claim.high)]
             said = "not measured" if np.isnan(numbers[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
             said = f"{numbers[0]:.2f}, counted" if numbers[1] == numbers[2] else said
-            ax.text(x + 0.485, top + 0.76, said, ha="center", va="center", fontsize=6)
+            ax.text(x + 0.485, top + 0.8, said, ha="center", va="center", fontsize=6)
         y += -(-len(part) // columns)
     ax.set(xlim=(0, columns), ylim=(y, 0))
     ax.axis("off")

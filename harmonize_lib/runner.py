@@ -473,22 +473,24 @@ def run_jobs(
     if scheduler is None and workers <= 1:
         _one_by_one(stages[0] + stages[1], end)
     else:
-        with tqdm(total=len(maps) + len(jobs), desc="maps and notebooks", unit="unit") as bar:
-            began = time.time()
-            try:
-                with _cluster(workers, scheduler) as client:
-                    for unit, result in _completed(client, compute_maps, maps):
-                        bar.update()
+        began = time.time()
+        try:
+            with _cluster(workers, scheduler) as client:
+                done = _completed(client, compute_maps, maps)
+                with tqdm(done, total=len(maps), desc="maps", disable=not maps) as bar:
+                    for unit, result in bar:
                         if isinstance(result, Outcome):  # the notebook that needs it will say what is wrong
                             bar.write(f"maps of {unit.model} by {unit.method}: {result.error}"[:200], file=sys.stderr)
+                with tqdm(total=len(jobs), desc="notebooks", unit="notebook") as bar:
                     for stage in stages:
                         for job, result in _completed(client, _run_unless_done, stage):
                             bar.update()
+                            bar.set_postfix_str(job.name)
                             end(job, result)
-            except KeyboardInterrupt:
-                for job in jobs:
-                    if str(job.target) not in outcomes:
-                        end(job, _interrupted(job, began))
+        except KeyboardInterrupt:
+            for job in jobs:
+                if str(job.target) not in outcomes:
+                    end(job, _interrupted(job, began))
     return [outcomes.get(str(job.target), Outcome("interrupted", None, "not started")) for job in jobs]
 
 

@@ -297,10 +297,11 @@ def draw(table: pd.DataFrame, grid: Mapping[str, Sequence[Any]], title: str) -> 
     Returns
     -------
     Figure
-        At most six panels.
+        At most six panels; none for what no set could measure.
     """
     drawn = table[table["result"] == table["result"].iloc[0]]
-    panels = list(dict.fromkeys(drawn["what"]))
+    measured = drawn["what"][drawn["mean"].notna()]
+    panels = list(dict.fromkeys(measured if len(measured) else drawn["what"]))
     along = max(grid, key=lambda name: len(grid[name]))
     others = [name for name in grid if name != along]
     values = list(dict.fromkeys(drawn[along]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -102,6 +103,12 @@ def test_every_claim_belongs_to_one_notebook_which_says_its_criterion_before_the
         assert all(claims.CLAIMS[name].criterion in text for name in names) and text.count("\n- ") == len(names)
     ledger = pd.read_csv(paths.FIGURES / "claims.csv")
     assert ledger.groupby("notebook")["id"].apply(tuple).to_dict() == claims.JUDGED
+
+
+def test_titles_of_claims_differ_and_fit_their_tile():
+    titles = [claim.title for claim in claims.CLAIMS.values()]
+    assert len(set(titles)) == len(titles)
+    assert max(len(textwrap.wrap(title, 19)) for title in titles) <= 3
 
 
 def test_lines_beyond_the_colors_of_the_palette_are_still_told_apart():

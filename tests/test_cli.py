@@ -229,7 +229,8 @@ def test_a_sweep_on_two_workers_is_one_table_of_all_sets_and_jobs_do_not_change_
         "base: {models: [resnet-obj, mobilenet-obj], methods: [saliency, integrated_gradients], n_images: 10}\n"
     )
     code, told, error = here("sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2")
-    assert code == 0 and "2 of 2 parameter sets finished" in told and "maps and notebooks" in error
+    assert code == 0 and "2 of 2 parameter sets finished" in told
+    assert "maps: 100%" in error and "notebooks: 100%" in error
     table = pd.read_csv(tmp_path / "out" / "sweep.csv")
     assert list(table.columns[:3]) == ["seed", "result", "what"] and set(table["seed"]) == {0, 1}
     for seed, part in table[table["result"] == "selectivity"].groupby("seed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import matplotlib.pyplot as plt
@@ -162,7 +163,10 @@ def test_one_row_per_set_and_estimate(tmp_path):
     bars = [line for line in ax.containers]
     assert len(bars) == 1 and bars[0].lines[0].get_ydata().tolist() == [-0.2, -1.2]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["mean", "blur"]
-    plt.close(figure)
+    unmeasured = table.assign(what="family", mean=math.nan, low=math.nan, high=math.nan)
+    again = draw(pd.concat([unmeasured, table]), {"fill": ["mean", "blur"], "patch": [4]}, "title")
+    assert len(again.axes) == 1 and again.axes[0].get_title() == ax.get_title()
+    plt.close("all")
 
 
 def test_no_results_is_an_empty_table():
