@@ -16,14 +16,13 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from harmonize_lib import plots
 from harmonize_lib.attribution import explain
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError, unknown
+from harmonize_lib.operations import Operations
 from harmonize_lib.penalties import explanation_penalty
 from harmonize_lib.statistics import Interval, bootstrap_interval, t_interval
 from harmonize_lib.storage import remember, sha256_tensors
@@ -423,22 +422,10 @@ def operations(task: Shortcut, arm: str, batch_size: int) -> int:
     """
     x = task.x["train"]
     model, rows = network(x.shape[1], x.shape[2], 0), torch.arange(batch_size)
-    with _Operations() as counter:
+    with Operations() as counter:
         loss = _loss(model, task, rows, arm, 1.0, *(torch.Generator().manual_seed(stream) for stream in (1, 2)))
         loss.backward(inputs=list(model.parameters()))
     return counter.total
-
-
-class _Operations(TorchDispatchMode):
-    """PyTorch's counts, without the hooks of its own counter, which contextual decomposition has no rule for."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function._overloadpacket in flop_registry:
-            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 def grid(settings: Any) -> tuple[pd.DataFrame, dict[tuple[str, str, float, int], nn.Module], dict[str, list[Shortcut]]]:

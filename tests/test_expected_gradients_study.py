@@ -168,7 +168,7 @@ def test_steps_are_timed_on_a_copy(run):
     model = run.models["resnet-obj"]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = eg.step_cost(run)
-    assert len(table) == 2 and (table["ratio"] > 1).all()
+    assert len(table) == 2 and (table["ratio"] > 1).all() and table["counted"][0] == table["counted"][1]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -193,9 +193,13 @@ def test_share_of_metrics_won():
 
 
 def test_networks_above_the_bound_are_named_by_their_interval():
-    rows = [("resnet-obj", 2.5, 2.4, 2.6, 5), ("vit-obj", 3.3, 3.1, 3.5, 5), ("convnext-obj", 3.5, 3.25, 3.75, 5)]
-    said = eg.step_cost_in_words(pd.DataFrame(rows, columns=["model", "mean", "low", "high", "n"]))
+    rows = [
+        ("resnet-obj", 2.5, 2.4, 2.6, 5, 2.4),
+        ("vit-obj", 3.3, 3.1, 3.5, 5, 3.2),
+        ("convnext-obj", 3.5, 3.25, 3.75, 5, 3.1),
+    ]
+    said = eg.step_cost_in_words(pd.DataFrame(rows, columns=["model", "mean", "low", "high", "n", "counted"]))
     assert said == (
-        "a step with the prior costs 3.10 plain steps, mean of 3 networks; "
+        "a step with the prior costs 3.10 plain steps, mean of 3 networks (2.90 by the operations counted); "
         "above the bound of 3.2 by their 95 % interval: ConvNeXt (3.50)"
     )

@@ -16,6 +16,7 @@ from harmonize_lib import HarmonizeError
 from harmonize_lib import penalty_study as study
 from harmonize_lib.claims import JUDGED
 from harmonize_lib.decomposition import contextual_decomposition, propagate
+from harmonize_lib.operations import Operations
 from harmonize_lib.penalties import explanation_penalty
 from harmonize_lib.tasks import evaluated
 
@@ -276,14 +277,14 @@ def test_a_pass_shared_with_the_loss_spares_a_plain_step():
     task = study.shortcut("decoy", study.load("digits", 100, 50, 50, 0), 0)
     x, y, plain = task.x["train"][:20], task.y["train"][:20], study.operations(task, "none", 20)
     model = study.network(1, 12, 0)
-    with study._Operations() as counter:
+    with Operations() as counter:
         at = x.clone().requires_grad_()
         loss = F.cross_entropy(model(at), y)
         (slope,) = torch.autograd.grad(loss * 20, at, create_graph=True)
         inside = torch.einsum("nchw,gnhw->", slope.square(), task.corners.expand(1, 20, -1, -1).float())
         (loss + inside / 20).backward(inputs=list(model.parameters()))
     assert counter.total == study.operations(task, "RRR", 20) - plain
-    with study._Operations() as counter:
+    with Operations() as counter:
         beta, gamma = propagate(model.eval(), x * task.corners, x * ~task.corners)
         (F.cross_entropy(beta + gamma, y) + torch.sigmoid(beta - gamma).mean()).backward()
     assert counter.total == study.operations(task, "CDEP (code)", 20) - plain

@@ -28,6 +28,7 @@ from harmonize_lib import (
 )
 from harmonize_lib.double_backward import DoubleBackward
 from harmonize_lib.models import ARCHITECTURES
+from harmonize_lib.operations import Operations
 from harmonize_lib.priors import METHODS
 
 
@@ -470,6 +471,24 @@ def test_layers_of_transformers_have_the_same_first_and_second_derivatives():
     for one, other in zip(*results, strict=True):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_with_the_prior_computes_the_products_it_must_and_no_more():
+    """By hand, per layer a product of n times in times out: forward, input gradient, and their gradients again.
+
+    The last layer's slope is its weights, which no product gives back to anything before it.
+    """
+    sizes, n = (7, 11, 13, 5), 6
+    layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.GELU())]
+    network = nn.Sequential(*layers[:-1])
+    first, second, last = (2 * n * i * o for i, o in itertools.pairwise(sizes))
+    x, y = torch.randn(n, sizes[0], generator=seeded()), torch.arange(n) % sizes[-1]
+    with Operations() as plain:
+        F.cross_entropy(network(x), y).backward()
+    assert plain.total == 2 * first + 3 * second + 3 * last
+    with Operations() as prior:
+        expected_gradients_penalty(network, x, y, None, sparsity_prior, generator=seeded()).backward()
+    assert prior.total == 6 * (first + second) + 3 * last
 
 
 def test_mistakes_get_one_line():
