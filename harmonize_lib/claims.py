@@ -29,6 +29,11 @@ class Claim(NamedTuple):
     criterion: str
     judge: Callable[[Interval], str]
 
+    @property
+    def said(self) -> tuple[str, str, str, str]:
+        """What the ledger says of it before the run."""
+        return self.source, self.reported, self.measured, self.criterion
+
 
 def _above(full: float, part: float) -> Callable[[Interval], str]:
     return lambda i: REPRODUCED if i.low > full else PARTLY if i.low > part else NOT
@@ -706,7 +711,7 @@ def write_claims(folder: Path, measured: Mapping[str, Interval]) -> pd.DataFrame
         claim = CLAIMS[name]
         verdict = claim.judge(interval) if interval.n > 0 and not math.isnan(interval.mean) else UNTESTABLE
         numbers = [f"{value:.4f}" for value in interval[:3]]
-        rows.append([name, *claim[:4], *numbers, int(interval.n), verdict, folder.name])
+        rows.append([name, *claim.said, *numbers, int(interval.n), verdict, folder.name])
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     text = table.to_csv(index=False, lineterminator="\n")
     write_atomic(folder / "claims.csv", text)

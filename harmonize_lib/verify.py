@@ -284,7 +284,7 @@ def _claims(folder: Path) -> Iterator[str]:
         return
     for row in pd.read_csv(path, dtype=str).itertuples():
         claim = CLAIMS.get(row.id)
-        if claim is None or (row.source, row.reported, row.measured, row.criterion) != claim[:4]:
+        if claim is None or (row.source, row.reported, row.measured, row.criterion) != claim.said:
             line = f"claims.csv: claim {row.id} was judged by other words than it has now"
             yield f"{line}: harmonize run {folder.name[:2]}"
 

@@ -31,7 +31,9 @@ from harmonize_lib.storage import sha256_file
 )
 def test_the_criterion_decides(tmp_path, name, interval, verdict):
     table = claims.write_claims(tmp_path, {name: Interval(*interval)})
-    assert table["verdict"].tolist() == [verdict]
+    claim = claims.CLAIMS[name]
+    said = {name: getattr(claim, name) for name in ("source", "reported", "measured", "criterion")}
+    assert table.iloc[0][[*said, "verdict"]].to_dict() == said | {"verdict": verdict}
 
 
 def test_ledger_gathers_notebooks_in_order_and_is_drawn_in_the_readme(tmp_path):
