@@ -27,8 +27,9 @@ class DoubleBackward(TorchFunctionMode):
     """Within this context a network computes the same, and its input gradient is cheap to differentiate.
 
     ReLU, max pooling and BatchNorm in eval mode have no curvature, yet PyTorch carries zeros back through the network
-    for it; its second derivative of a convolution goes group by group, those of GELU and LayerNorm step by step, and
-    attention's guards against masks that are not there. Under autocast nothing is changed.
+    for it; its second derivative of a convolution goes group by group, slowly where a CPU meets holes, those of GELU
+    and LayerNorm step by step, and attention's guards against masks that are not there. Under autocast nothing is
+    changed.
 
     Attributes
     ----------
@@ -71,7 +72,9 @@ class DoubleBackward(TorchFunctionMode):
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         if func is F.conv2d and len(rest) == 6 and all(isinstance(option, tuple) for option in rest[2:5]):
-            return _patches(*args) if _cuts_patches(*args) else _Convolution.apply(self, *args)
+            if _cuts_patches(*args):
+                return _patches(*args)
+            return _on_lattices(self, *args) if _is_dilated(*args) else _Convolution.apply(self, *args)
         if func is F.gelu and not rest and kwargs.get("approximate", "none") == "none":
             return _Gelu.apply(x)
         if func is F.layer_norm and len(rest) == 1 and len(rest[0]) == 1 and kwargs["weight"] is not None:
@@ -133,6 +136,33 @@ def _cuts_patches(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any)
     size = tuple(weight.shape[2:])
     whole = all(n % k == 0 for n, k in zip(x.shape[2:], size, strict=True))
     return size > (4, 4) and whole and stride == size and padding == (0, 0) and dilation == (1, 1) and groups == 1
+
+
+def _is_dilated(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> bool:
+    """Whether a depthwise convolution has holes, for which a CPU is slow, and lattices that they divide evenly."""
+    stride, padding, dilation, groups = options
+    holes = not x.is_cuda and groups == x.shape[1] and stride == (1, 1) and max(dilation) > 1
+    return holes and all(n % d == 0 for n, d in zip((*x.shape[2:], *padding), dilation * 2, strict=True))
+
+
+def _on_lattices(
+    layers: DoubleBackward,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    """Such a convolution as an ordinary one on each of the lattices that its holes leave."""
+    down, right = dilation
+    cells = x.permute(0, 2, 3, 1).unflatten(2, (-1, right)).unflatten(1, (-1, down))
+    lattices = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
+    around = (padding[0] // down, padding[1] // right)
+    y = _Convolution.apply(layers, lattices, weight, bias, stride, around, (1, 1), groups)
+    cells = y.permute(0, 2, 3, 1).unflatten(0, (-1, down, right)).permute(0, 3, 1, 4, 2, 5)
+    return cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def _patches(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:

@@ -422,7 +422,9 @@ def test_every_architecture_has_the_slopes_of_plain_autograd(architecture):
 
 
 def test_layers_for_double_backward_compute_the_same():
-    layers = [nn.Conv2d(2, 6, 3, stride=2, dilation=2), nn.ReLU(), nn.BatchNorm2d(6), nn.MaxPool2d(3, 2, padding=1)]
+    layers = [nn.Conv2d(2, 6, 3, stride=2, dilation=2), nn.ReLU(), nn.BatchNorm2d(6)]
+    layers += [nn.Conv2d(6, 6, 3, padding=4, dilation=2, groups=6), nn.Conv2d(6, 6, 3, dilation=2, groups=6)]
+    layers += [nn.Conv2d(6, 6, 3, padding=(1, 3), dilation=(1, 3), groups=6), nn.MaxPool2d(3, 2, padding=1)]
     layers += [nn.Conv2d(6, 6, 3, padding="same", groups=6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(54, 3)]
     network = settle(nn.Sequential(*layers)).eval().double()
     x = torch.randn(4, 2, 15, 15, generator=seeded(), dtype=torch.float64)
@@ -436,15 +438,16 @@ def test_layers_for_double_backward_compute_the_same():
 
 
 class Block(nn.Module):
-    """Patches, attention and a perceptron, as transformers have them."""
+    """A dilated convolution, patches, attention and a perceptron."""
 
     def __init__(self):
         super().__init__()
-        self.cut, self.norm, self.last = nn.Conv2d(2, 6, 5, stride=5), nn.LayerNorm(6), nn.LayerNorm(6, bias=False)
+        self.holes = nn.Conv2d(2, 4, (3, 2), padding=(3, 2), dilation=(3, 2), groups=2)
+        self.cut, self.norm, self.last = nn.Conv2d(4, 6, 5, stride=5), nn.LayerNorm(6), nn.LayerNorm(6, bias=False)
         self.mix, self.up, self.down, self.head = nn.Linear(6, 18), nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 3)
 
     def forward(self, x):
-        x = self.cut(x).flatten(2).mT
+        x = self.cut(self.holes(x)[..., 2:]).flatten(2).mT
         query, key, value = self.mix(self.norm(x)).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
         x = x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + self.down(F.gelu(self.up(self.last(x))))
