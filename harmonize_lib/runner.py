@@ -484,8 +484,8 @@ def run_jobs(
                 with tqdm(total=len(jobs), desc="notebooks", unit="notebook") as bar:
                     for stage in stages:
                         for job, result in _completed(client, _run_unless_done, stage):
+                            bar.set_postfix_str(f"{job.name} {result.state}", refresh=False)
                             bar.update()
-                            bar.set_postfix_str(job.name)
                             end(job, result)
         except KeyboardInterrupt:
             for job in jobs:
