@@ -315,8 +315,8 @@ def test_card_and_ledger_are_drawn_from_whatever_is_there(tmp_path):
     ledger = claims.gather_claims(tmp_path)
     assert not (tmp_path / "claims.csv").exists()
     figure = checks.draw_ledger(ledger)
-    written = " ".join(text.get_text() for text in figure.axes[0].texts)
+    written = " ".join(text.get_text() for text in figure.axes[0].texts).replace("\n", " ")
     assert all(source in written for source in ("Kadir et al. 2023", "this project's question"))
-    assert "-0.10 [-0.15, -0.05]" in written and "pool size" in written
+    assert "-0.10 [-0.15, -0.05]" in written and claims.CLAIMS["pool_size"].title in written
     assert "reproduced (2)" in [text.get_text() for text in figure.legends[0].get_texts()]
     plt.close("all")
