@@ -844,8 +844,6 @@ def step_cost(run: study.Run) -> pd.DataFrame:
         for turn in range(2 * run.settings.timed_steps):
             begin = time.perf_counter()
             step(1e-6 * (turn % 2))
-            if x.is_cuda:
-                torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
         counted = operations[1] / operations[0]
         rows += [(name, pair, *times[2 * pair - 2 : 2 * pair], counted) for pair in range(1, len(times) // 2 + 1)]
@@ -867,6 +865,8 @@ def _step(
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    if x.is_cuda:
+        torch.cuda.synchronize()
 
 
 def draw_step_cost(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

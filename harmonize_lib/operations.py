@@ -23,24 +23,7 @@ class Operations(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute an operation and count it.
-
-        Parameters
-        ----------
-        function : Any
-            The operation.
-        types : Any
-            Not used.
-        args : Any
-            Its arguments.
-        kwargs : Any
-            Its keyword arguments.
-
-        Returns
-        -------
-        Any
-            Its result.
-        """
+        """Compute an operation and count it."""
         result = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
             self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)

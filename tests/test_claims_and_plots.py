@@ -32,7 +32,7 @@ from harmonize_lib.storage import sha256_file
 def test_the_criterion_decides(tmp_path, name, interval, verdict):
     table = claims.write_claims(tmp_path, {name: Interval(*interval)})
     claim = claims.CLAIMS[name]
-    said = {name: getattr(claim, name) for name in ("source", "reported", "measured", "criterion")}
+    said = {field: getattr(claim, field) for field in ("source", "reported", "measured", "criterion")}
     assert table.iloc[0][[*said, "verdict"]].to_dict() == said | {"verdict": verdict}
 
 
