@@ -398,6 +398,29 @@ class AttributionPriors(Study):
     _consensus = field_validator("consensus_method")(_known_methods)
 
 
+class Explorer(Patches):
+    """Notebook 14."""
+
+    methods: list[str] = Field(
+        [method for method in METHODS if method not in CONTROLS],
+        min_length=1,
+        description="attribution methods to choose from, the first is shown first",
+    )
+    image: int = Field(0, ge=0, description="position of the image shown first, below n_images")
+    rule: str = Field("mean", description="rule of consensus shown first")
+    fraction: Fraction = Field(0.05, description="share k shown first, one of fractions")
+
+    _known = field_validator("rule")(_known_rules)
+
+    @model_validator(mode="after")
+    def _one_of_the_images(self) -> Explorer:
+        if self.image >= self.n_images:
+            raise HarmonizeError(
+                f"image={self.image}, but n_images={self.n_images}: the last one is {self.n_images - 1}"
+            )
+        return self
+
+
 class RealityChecks(Study):
     """Notebook 13."""
 
@@ -524,6 +547,7 @@ NOTEBOOKS: dict[str, type[BaseModel]] = {
     "11_explanation_penalties": ExplanationPenalties,
     "12_transformations_and_wavelets": Transformations,
     "13_reality_checks": RealityChecks,
+    "14_explorer": Explorer,
 }
 
 

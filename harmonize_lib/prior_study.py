@@ -244,7 +244,7 @@ def train_with_prior(
     x, y = images
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # initial weights and dropout
-        network = build_network(recipe, x.shape[1:], classes).to(x.device, memory_format=torch.channels_last).train()
+        network = build_network(recipe, x.shape[1:], classes).to(x.device).to(memory_format=torch.channels_last)
         draws = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, recipe.decay)

@@ -25,7 +25,16 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from harmonize_lib import bam_study, consensus_training, cross_architecture, execution, paths, penalty_study, study
+from harmonize_lib import (
+    bam_study,
+    consensus_training,
+    cross_architecture,
+    execution,
+    explorer,
+    paths,
+    penalty_study,
+    study,
+)
 from harmonize_lib.attribution import explain, refusal
 from harmonize_lib.data import Dataset, load_dataset
 from harmonize_lib.errors import HarmonizeError
@@ -49,7 +58,11 @@ READS = {  # tables under the figures folder that other runs than the notebook's
     "13_reality_checks": "**/[0-9][0-9]_*/*.csv",
 }
 LAST = "13_reality_checks"  # reads what the other notebooks of the same run make
-EXPLAINED = {"04_cross_architecture_transfer": cross_architecture.explained, "07_bam": bam_study.explained}
+EXPLAINED = {
+    "04_cross_architecture_transfer": cross_architecture.explained,
+    "07_bam": bam_study.explained,
+    "14_explorer": explorer.explained,
+}
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
 
 

@@ -212,7 +212,7 @@ def _look(
 ) -> Tensor:
     """Softmax (models, n, K) of the feature images of a slice."""
     images = feature_image(dataset.images[part], mask[part], fill, mean, _generator(seed, 2))
-    return torch.stack([_softmax(name, network, images, len(dataset.classes)) for name, network in models.items()])
+    return torch.stack([probabilities(name, network, images, len(dataset.classes)) for name, network in models.items()])
 
 
 def transfer_table(
@@ -513,7 +513,30 @@ def _scores(maps: Any, key: tuple[str, str], images: Tensor) -> Tensor:
     return scores.to(images.device)
 
 
-def _softmax(name: str, network: nn.Module, images: Tensor, classes: int) -> Tensor:
+def probabilities(name: str, network: nn.Module, images: Tensor, classes: int) -> Tensor:
+    """What a model takes images for.
+
+    Parameters
+    ----------
+    name : str
+        What it is called in messages.
+    network : nn.Module
+        A ``Model``, or a plain module that takes the images as they are.
+    images : Tensor
+        (N, C, H, W).
+    classes : int
+        K.
+
+    Returns
+    -------
+    Tensor
+        (N, K) float64, the softmax.
+
+    Raises
+    ------
+    HarmonizeError
+        Outputs that are not (N, K) finite logits.
+    """
     preprocess = getattr(network, "preprocess", lambda x: x)
     with torch.inference_mode():
         logits = network(preprocess(images))
