@@ -31,10 +31,10 @@ FLOORS = ("edges", "random")
 
 
 class View(NamedTuple):
-    """What is looked at: an image by position, the class explained (None: its label), method, rule and share k."""
+    """What is looked at: an image by position, the class explained (empty: its label), method, rule and share k."""
 
     image: int
-    target: int | None
+    target: str
     method: str
     rule: str
     fraction: float
@@ -72,7 +72,7 @@ def first_view(run: Run) -> View:
         The view.
     """
     settings = run.settings
-    return View(settings.image, None, settings.methods[0], settings.rule, settings.fraction)
+    return View(settings.image, "", settings.methods[0], settings.rule, settings.fraction)
 
 
 def selections(run: Run, view: View) -> dict[str, dict[str, Tensor]]:
@@ -281,7 +281,7 @@ def explore(run: Run) -> dict[str, widgets.Widget]:
     image = widgets.IntSlider(view.image, 0, len(run.dataset) - 1, description="image", continuous_update=False)
     controls: dict[str, widgets.Widget] = {
         "image": image,
-        "target": _dropdown("class", [("its label", None), *zip(classes, range(len(classes)), strict=True)], None),
+        "target": _dropdown("class", [("its label", ""), *zip(classes, classes, strict=True)], view.target),
         "method": _dropdown("method", [(label(name), name) for name in settings.methods], view.method),
         "rule": _dropdown("rule", [(label(name), name) for name in list_rules()], view.rule),
         "fraction": widgets.SelectionSlider(
@@ -318,4 +318,4 @@ def _dropdown(name: str, options: list[tuple[str, Any]], value: Any) -> widgets.
 def _one(run: Run, view: View) -> Dataset:
     """The image looked at, labeled by the class that is explained."""
     data = run.dataset.select(torch.tensor([view.image]))
-    return data if view.target is None else replace(data, labels=torch.tensor([view.target]))
+    return replace(data, labels=torch.tensor([data.classes.index(view.target)])) if view.target else data
