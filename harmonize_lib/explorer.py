@@ -193,7 +193,7 @@ def draw_maps(run: Run, view: View, selected: Mapping[str, Mapping[str, Tensor]]
                 kept = _features(run, view, values[None], view.fraction)[0]
                 mark = "✓" if seen["recognized"] else "✗"
                 rows[place].append((values if kind == OWN else values - values.median(), title))
-                rows[place + 1].append((kept, f"{mark} {seen['predicted']}\np = {seen['probability']:.2f}"))
+                rows[place + 1].append((kept, f"{mark} {seen['predicted']:.18}\np = {seen['probability']:.2f}"))
             else:
                 rows[place].append((blank, f"{title}\nnot defined".strip()))
                 rows[place + 1].append((blank, ""))
