@@ -97,16 +97,10 @@ def selections(run: Run, view: View) -> dict[str, dict[str, Tensor]]:
         The method is defined for none of the models.
     """
     settings, method, data = run.settings, view.method, _one(run, view)
-    why = {name: refusal(model, method) for name, model in run.models.items()}
-    if all(why.values()):
-        raise HarmonizeError(f"{method} is defined for none of the models: {next(iter(why.values()))}"[:200])
-    maps = {
-        (name, method): study.attributions(model, data, method, settings.seed, **settings.options.get(method, {}))[
-            "maps"
-        ]
-        for name, model in run.models.items()
-        if not why[name]
-    }
+    maps = study.all_maps(run.models, data, [method], settings.seed, settings.options)
+    if not maps:
+        reason = refusal(next(iter(run.models.values())), method)
+        raise HarmonizeError(f"{method} is defined for none of the models: {reason}"[:200])
     controls = study.controls(replace(run, dataset=data))
     found = {}
     for name in run.models:
@@ -117,12 +111,12 @@ def selections(run: Run, view: View) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _features(run: Run, view: View, selected: Tensor, fraction: float) -> Tensor:
-    """What each of some maps (M, H, W) keeps of the image: (M, C, H, W)."""
+def _features(run: Run, view: View, selected: Tensor, fraction: float, mean: Tensor) -> Tensor:
+    """What each of some maps (M, H, W) keeps of the image, the rest filled: (M, C, H, W)."""
     settings, images = run.settings, run.dataset.images
     mask = feature_mask(selected, fraction, settings.patch, torch.Generator().manual_seed(settings.seed))
     one = images[view.image].expand(len(mask), *images.shape[1:])
-    return feature_image(one, mask, settings.fill, mean_color(images), torch.Generator().manual_seed(settings.seed))
+    return feature_image(one, mask, settings.fill, mean, torch.Generator().manual_seed(settings.seed))
 
 
 def recognition(run: Run, view: View, selected: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
@@ -143,12 +137,12 @@ def recognition(run: Run, view: View, selected: Mapping[str, Mapping[str, Tensor
         Columns ``model``, ``map``, ``fraction`` (1 is the whole image), ``probability`` of the target, ``predicted``,
         ``recognized``. One image has no interval.
     """
-    classes, target = run.dataset.classes, int(_one(run, view).labels)
+    classes, target, mean = run.dataset.classes, int(_one(run, view).labels), mean_color(run.dataset.images)
     rows = []
     for name, model in run.models.items():
         kinds, stack = list(selected[name]), torch.stack(list(selected[name].values()))
-        for fraction in (*run.settings.fractions, 1.0):
-            p = probabilities(name, model, _features(run, view, stack, fraction), len(classes))
+        for fraction in sorted({*run.settings.fractions, 1.0}):
+            p = probabilities(name, model, _features(run, view, stack, fraction, mean), len(classes))
             rows += [
                 (name, kind, fraction, float(row[target]), classes[row.argmax()], bool(row.argmax() == target))
                 for kind, row in zip(kinds, p, strict=True)
@@ -177,12 +171,12 @@ def draw_maps(run: Run, view: View, selected: Mapping[str, Mapping[str, Tensor]]
         Consensus maps have their median taken off, for the colors.
     """
     data, blank = _one(run, view), torch.full_like(run.dataset.images[0], 255)
-    edges = next(iter(selected.values()))["edges"]
+    edges, mean = next(iter(selected.values()))["edges"], mean_color(run.dataset.images)
     rows = [
         [(data.images[0], "image")],
         [(blank, "") if data.masks is None else (data.masks[0], "object mask")],
         [(edges, label("edges"))],
-        [(_features(run, view, edges[None], view.fraction)[0], "kept by edges")],
+        [(_features(run, view, edges[None], view.fraction, mean)[0], "kept by edges")],
     ]
     at = table[table["fraction"] == view.fraction].set_index(["model", "map"])
     for name, kinds in selected.items():
@@ -190,7 +184,7 @@ def draw_maps(run: Run, view: View, selected: Mapping[str, Mapping[str, Tensor]]
             title = label(name) if kind == OWN else ""
             if kind in kinds:
                 values, seen = kinds[kind], at.loc[(name, kind)]
-                kept = _features(run, view, values[None], view.fraction)[0]
+                kept = _features(run, view, values[None], view.fraction, mean)[0]
                 mark = "✓" if seen["recognized"] else "✗"
                 rows[place].append((values if kind == OWN else values - values.median(), title))
                 rows[place + 1].append((kept, f"{mark} {seen['predicted']:.18}\np = {seen['probability']:.2f}"))

@@ -58,6 +58,7 @@ def test_recognition_is_that_of_the_study_and_ends_with_the_whole_image():
     selected = explorer.selections(run, view)
     table = explorer.recognition(run, view, selected).set_index(["model", "map", "fraction"])
     assert len(table) == 3 * 4 * 3
+    assert len(explorer.recognition(start(fractions=[0.05, 1.0]), view, selected)) == 3 * 4 * 2
     for name, model in run.models.items():
         for kind in (OWN, OTHERS, "edges"):
             maps = torch.stack([selected[name][kind]] * 6)
