@@ -31,10 +31,10 @@ FLOORS = ("edges", "random")
 
 
 class View(NamedTuple):
-    """What is looked at: an image by position, the class explained (empty: its label), method, rule and share k."""
+    """What is looked at: an image by position, the class explained by number (-1: its label), method, rule and share k."""
 
     image: int
-    target: str
+    target: int
     method: str
     rule: str
     fraction: float
@@ -72,7 +72,7 @@ def first_view(run: Run) -> View:
         The view.
     """
     settings = run.settings
-    return View(settings.image, "", settings.methods[0], settings.rule, settings.fraction)
+    return View(settings.image, -1, settings.methods[0], settings.rule, settings.fraction)
 
 
 def selections(run: Run, view: View) -> dict[str, dict[str, Tensor]]:
@@ -215,23 +215,24 @@ def draw_recognition(run: Run, view: View, table: pd.DataFrame) -> Figure:
     """
     models, columns = list(dict.fromkeys(table["model"])), 3
     height = -(-len(models) // columns)
-    figure, axes = plt.subplots(
-        height, columns, figsize=(7.2, 0.6 + 1.7 * height), sharex=True, sharey=True, squeeze=False
-    )
-    fractions = sorted({*run.settings.fractions, 1.0})
-    for ax, name in zip(axes.flat, models, strict=False):
+    figure, axes = plt.subplots(height, columns, figsize=(7.2, 0.6 + 1.7 * height), sharey=True, squeeze=False)
+    lines_shown = {}
+    for i, (ax, name) in enumerate(zip(axes.flat, models, strict=False)):
         part = table[table["model"] == name]
         lines = part.assign(mean=part["probability"], low=part["probability"], high=part["probability"])
         plots.curves(ax, lines, "fraction", "map", label(name), FLOORS, (OWN, OTHERS))
         ax.axvline(view.fraction, color="0.7", lw=1, zorder=0)
-        plots.share_axis(ax, fractions)
+        plots.share_axis(ax, sorted({*run.settings.fractions, 1.0}))
         ax.set_ylim(-0.03, 1.03)
-        ax.label_outer()
+        if i + columns < len(models):
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=False)
+        lines_shown |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     for ax in axes.flat[len(models) :]:
         ax.set_visible(False)
     target = run.dataset.classes[int(_one(run, view).labels)]
     figure.supylabel(f"probability of “{target}”", fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    figure.legend(lines_shown.values(), lines_shown.keys(), loc="outside lower center", ncol=4)
     return figure
 
 
@@ -275,7 +276,7 @@ def explore(run: Run) -> dict[str, widgets.Widget]:
     image = widgets.IntSlider(view.image, 0, len(run.dataset) - 1, description="image", continuous_update=False)
     controls: dict[str, widgets.Widget] = {
         "image": image,
-        "target": _dropdown("class", [("its label", ""), *zip(classes, classes, strict=True)], view.target),
+        "target": _dropdown("class", [("its label", -1), *zip(classes, range(len(classes)), strict=True)], view.target),
         "method": _dropdown("method", [(label(name), name) for name in settings.methods], view.method),
         "rule": _dropdown("rule", [(label(name), name) for name in list_rules()], view.rule),
         "fraction": widgets.SelectionSlider(
@@ -312,4 +313,4 @@ def _dropdown(name: str, options: list[tuple[str, Any]], value: Any) -> widgets.
 def _one(run: Run, view: View) -> Dataset:
     """The image looked at, labeled by the class that is explained."""
     data = run.dataset.select(torch.tensor([view.image]))
-    return replace(data, labels=torch.tensor([data.classes.index(view.target)])) if view.target else data
+    return data if view.target < 0 else replace(data, labels=torch.tensor([view.target]))

@@ -41,7 +41,7 @@ def start(**values: object) -> Run:
 def test_own_maps_and_the_consensus_of_the_others():
     run = start()
     view = explorer.first_view(run)
-    assert view == View(3, "", "saliency", "mean", 0.05)
+    assert view == View(3, -1, "saliency", "mean", 0.05)
     found = explorer.selections(run, view)
     maps = {name: study.attributions(model, run.dataset, "saliency")["maps"] for name, model in run.models.items()}
     for name in run.models:
@@ -77,8 +77,8 @@ def test_recognition_is_that_of_the_study_and_ends_with_the_whole_image():
 def test_another_class_is_explained_and_looked_for():
     run = start()
     label = int(run.dataset.labels[3])
-    own, other = (View(3, target, "saliency", "mean", 0.05) for target in ("", run.dataset.classes[label - 1]))
-    same = explorer.selections(run, own._replace(target=run.dataset.classes[label]))
+    own, other = (View(3, target, "saliency", "mean", 0.05) for target in (-1, (label + 1) % 10))
+    same = explorer.selections(run, own._replace(target=label))
     first, second = (explorer.selections(run, view) for view in (own, other))
     assert all(torch.equal(first[name][OWN], same[name][OWN]) for name in run.models)
     assert not any(torch.equal(first[name][OWN], second[name][OWN]) for name in run.models)
@@ -91,15 +91,16 @@ def test_another_class_is_explained_and_looked_for():
 
 def test_models_that_a_method_is_not_defined_for_have_the_consensus_alone():
     run = start()
-    found = explorer.selections(run, View(0, "", "attention_rollout", "mean", 0.05))
+    found = explorer.selections(run, View(0, -1, "attention_rollout", "mean", 0.05))
     assert list(found["vit-obj"]) == [OWN, *FLOORS]  # nobody else has a map
     assert list(found["resnet-obj"]) == [OTHERS, *FLOORS]
-    figure, _, table = explorer.draw(run, View(0, "", "attention_rollout", "mean", 0.05))
+    figure, lines, table = explorer.draw(run, View(0, -1, "attention_rollout", "mean", 0.05))
+    assert {text.get_text() for text in lines.legends[0].get_texts()} == {OWN, OTHERS, "Edges", "Random"}
     assert sum("not defined" in ax.get_title() for ax in figure.axes) == 3
     assert len(table) == 3 * 3 * 3
     few = start(models=["resnet-obj", "mobilenet-obj"])
     with pytest.raises(HarmonizeError, match="attention_rollout is defined for none of the models: "):
-        explorer.selections(few, View(0, "", "attention_rollout", "mean", 0.05))
+        explorer.selections(few, View(0, -1, "attention_rollout", "mean", 0.05))
 
 
 def test_data_without_masks_leave_the_mask_out():
@@ -149,7 +150,7 @@ def test_controls_change_the_pictures_in_place(tmp_path):
     wider = live(tmp_path, 'controls["fraction"].value = 0.2')
     back = live(tmp_path, 'controls["fraction"].value = 0.2\ncontrols["fraction"].value = 0.05')
     image = live(tmp_path, 'controls["image"].value = 4')
-    target = live(tmp_path, 'controls["target"].value = run.dataset.classes[run.dataset.labels[3] - 1]')
+    target = live(tmp_path, 'controls["target"].value = (int(run.dataset.labels[3]) + 1) % 10')
     assert all(len(pictures(notebook)) == 2 for notebook in (before, wider, back, image, target))
     assert pictures(back) == pictures(before)
     for changed in (wider, image, target):
