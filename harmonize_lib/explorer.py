@@ -31,7 +31,7 @@ FLOORS = ("edges", "random")
 
 
 class View(NamedTuple):
-    """What is looked at: an image by position, the class explained by number (-1: its label), method, rule and share k."""
+    """What is looked at: an image by position, the class explained (-1: its label), method, rule and share k."""
 
     image: int
     target: int
@@ -216,7 +216,7 @@ def draw_recognition(run: Run, view: View, table: pd.DataFrame) -> Figure:
     models, columns = list(dict.fromkeys(table["model"])), 3
     height = -(-len(models) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(7.2, 0.6 + 1.7 * height), sharey=True, squeeze=False)
-    lines_shown = {}
+    shown: dict[str, Any] = {}
     for i, (ax, name) in enumerate(zip(axes.flat, models, strict=False)):
         part = table[table["model"] == name]
         lines = part.assign(mean=part["probability"], low=part["probability"], high=part["probability"])
@@ -227,12 +227,12 @@ def draw_recognition(run: Run, view: View, table: pd.DataFrame) -> Figure:
         if i + columns < len(models):
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
-        lines_shown |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        shown |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     for ax in axes.flat[len(models) :]:
         ax.set_visible(False)
     target = run.dataset.classes[int(_one(run, view).labels)]
     figure.supylabel(f"probability of “{target}”", fontsize=8)
-    figure.legend(lines_shown.values(), lines_shown.keys(), loc="outside lower center", ncol=4)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncol=4)
     return figure
 
 
