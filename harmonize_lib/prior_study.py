@@ -746,7 +746,7 @@ def draw_front(table: pd.DataFrame, chosen: dict[str, float], tolerance: float) 
         xlabel="total variation of standardized expected gradients",
         ylabel="validation accuracy",
     )
-    ax.legend(fontsize=7)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=2, fontsize=7)
     return figure
 
 
