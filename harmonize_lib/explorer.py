@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -38,24 +38,6 @@ class View(NamedTuple):
     method: str
     rule: str
     fraction: float
-
-
-def explained(settings: Any, dataset: Dataset) -> list[tuple[str, Dataset]]:
-    """What the notebook explains beforehand: nothing, maps are made for the image that is looked at.
-
-    Parameters
-    ----------
-    settings : Any
-        Checked parameters of notebook 14.
-    dataset : Dataset
-        Its images.
-
-    Returns
-    -------
-    list[tuple[str, Dataset]]
-        Empty.
-    """
-    return []
 
 
 def first_view(run: Run) -> View:
@@ -259,13 +241,15 @@ def draw(run: Run, view: View) -> tuple[Figure, Figure, pd.DataFrame]:
     return *figures, table
 
 
-def explore(run: Run) -> dict[str, widgets.Widget]:
+def explore(run: Run, first: Sequence[Figure]) -> dict[str, widgets.Widget]:
     """Display the first view with controls that change it; without a kernel the first view stays.
 
     Parameters
     ----------
     run : Run
         The run.
+    first : Sequence[Figure]
+        Both figures that :func:`draw` gives of :func:`first_view`.
 
     Returns
     -------
@@ -288,7 +272,7 @@ def explore(run: Run) -> dict[str, widgets.Widget]:
     }
     said = widgets.HTML()
     display(widgets.VBox([widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"}), said]))
-    handles = [display(figure, display_id=True) for figure in draw(run, view)[:2]]
+    handles = [display(figure, display_id=True) for figure in first]
 
     def update(change: object) -> None:
         said.value = "computing …"

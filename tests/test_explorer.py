@@ -129,7 +129,12 @@ def live(tmp_path: Path, *sources: str) -> nbformat.NotebookNode:
     """A notebook in which a reader touched the controls, with what it shows in the end."""
     values = "\n".join(f"{name} = {value!r}" for name, value in FEW.items())
     begin = 'from harmonize_lib import explorer, study\nrun = study.start("14_explorer", globals())'
-    cells = [values, begin, "controls = explorer.explore(run)", *sources]
+    cells = [
+        values,
+        begin,
+        "controls = explorer.explore(run, explorer.draw(run, explorer.first_view(run))[:2])",
+        *sources,
+    ]
     notebook = new_notebook(cells=[new_code_cell(source) for source in cells])
     environment = os.environ | {"HARMONIZE_CACHE": str(tmp_path), "PYTHONPATH": str(paths.ROOT), "TQDM_DISABLE": "1"}
     NotebookClient(notebook, kernel_name="python3", timeout=600).execute(env=environment)
