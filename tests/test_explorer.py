@@ -12,7 +12,7 @@ import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-from harmonize_lib import explorer, paths, study
+from harmonize_lib import explorer, paths, runner, study
 from harmonize_lib.consensus import consensus
 from harmonize_lib.data import load_dataset
 from harmonize_lib.errors import HarmonizeError
@@ -109,6 +109,10 @@ def test_data_without_masks_leave_the_mask_out():
     figure, _, _ = explorer.draw(bare, explorer.first_view(bare))
     titles = [ax.get_title() for ax in figure.axes]
     assert "object mask" not in titles and "image" in titles
+
+
+def test_no_map_is_made_before_it_is_asked_for():
+    assert runner.missing_maps([check("14_explorer", FEW)]) == []
 
 
 @pytest.mark.parametrize(
